@@ -1,0 +1,109 @@
+"""One place of a base model where something can change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A layer, a bare parameter tensor, the output of a sublayer, or an attention call.
+
+    Attributes:
+        name: the module's path for a layer or an attention call, the full parameter name for a bare
+            tensor, ``"<block>.attn"``, ``"<block>.cross_attn"`` or ``"<block>.ffn"`` for a sublayer.
+        kind: ``"layer"``, ``"tensor"``, ``"sublayer"`` or ``"attention"``.
+        type: ``"linear"``, ``"conv"``, ``"embedding"``, ``"norm"``, ``"tensor"``, ``"sublayer"`` or
+            ``"attention"``.
+        role: what the site does in the network; see :data:`finegraft.locate.roles.ROLES`.
+        layer: index of the block in its stack, ``None`` outside of any stack.
+        module: the layer; for a bare tensor the module that holds it; for a sublayer the module whose
+            output is the sublayer's output, before the residual is added.
+        tensor: attribute name of the main tensor in ``module``; empty where there is none.
+        op: how the main tensor computes; ``None`` where there is none.
+        shape: natural shape of the main tensor; empty where there is none.
+        aliases: other ``(name, module, attribute)`` that hold the very same parameter.
+        entry: for a sublayer, the module whose input is the sublayer's input. Where only bare tensors compute
+            it (experts, ``nn.MultiheadAttention``), ``entry`` and ``module`` are the module that reads them,
+            and the output may be a tuple that begins with the sublayer's output.
+        block: path of the block that ``layer`` counts, empty outside of any stack.
+        stack: name of that block's stack, the same for all its blocks, numbers written as ``#``.
+        chosen: the units that a selector chose here, for kinds that train a selection.
+    """
+
+    name: str
+    kind: str
+    type: str
+    role: str
+    layer: int | None
+    module: nn.Module
+    tensor: str
+    op: Any
+    shape: tuple[int, ...]
+    aliases: tuple[tuple[str, nn.Module, str], ...] = ()
+    entry: nn.Module | None = None
+    block: str = ""
+    stack: str = ""
+    chosen: Any = None
+
+    @cached_property
+    def _matrix_shape(self) -> tuple[int, ...]:
+        if self.op is None:
+            return (1, 1)
+        return tuple(self.op.matrix(torch.empty(self.shape, device="meta")).shape)
+
+    @property
+    def fan_out(self) -> int:
+        """Rows of the canonical matrix: outputs of the layer (entries of an embedding table)."""
+        return self._matrix_shape[-2]
+
+    @property
+    def fan_in(self) -> int:
+        """Columns of the canonical matrix: inputs of the layer (width of an embedding)."""
+        return self._matrix_shape[-1]
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Leading dimensions of the canonical matrix: ``(experts,)`` for a stack, else empty."""
+        return self._matrix_shape[:-2]
+
+    @property
+    def parameter(self) -> torch.Tensor | None:
+        """The main tensor, looked up afresh; ``None`` for sublayers and attention calls."""
+        return getattr(self.module, self.tensor) if self.tensor else None
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The layer's bias, ``None`` where it has none."""
+        return getattr(self.module, "bias", None) if self.kind == "layer" else None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The main tensor as a canonical matrix ``(*batch, out, in)``, detached."""
+        return self.op.matrix(getattr(self.module, self.tensor).detach())
+
+    @property
+    def channels(self) -> int:
+        """Output channels: the width of what the layer gives."""
+        return self._matrix_shape[self.op.out_axis]
+
+    @property
+    def inputs(self) -> int:
+        """Width of what the layer takes; 0 where that is no vector, as for an embedding."""
+        if self.type == "conv":
+            groups: Any = self.module.groups
+            return self.shape[1] * groups
+        return self.fan_in if self.type in ("linear", "tensor", "sublayer") else 0
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the main tensor and the bias."""
+        return sum(t.numel() for t in (self.parameter, self.bias) if t is not None)
+
+    def __repr__(self) -> str:
+        return f"Site({self.name!r}, {self.type}, role={self.role}, layer={self.layer}, shape={self.shape})"
