@@ -127,7 +127,9 @@ class Part(Spec):
         if unit in (None, "module") or "what" not in data:
             return data
         what = [
-            {"unit": unit, **w} if isinstance(w, dict) and w.get("kind") in kinds and kinds[w["kind"]].needs_selection else w
+            {"unit": unit, **w}
+            if isinstance(w, dict) and w.get("kind") in kinds and kinds[w["kind"]].needs_selection
+            else w
             for w in _as_list(data["what"])
         ]
         return {**data, "what": what}
@@ -141,7 +143,7 @@ class Part(Spec):
             names = ", ".join(d.kind for d in self.what)
             raise ValueError(f"select unit {self.select.unit!r} has no use with kind {names}; use kind 'sparse'")
         for delta in self.what:
-            if delta.needs_selection and delta.unit != self.select.unit:
+            if self.select is not None and delta.needs_selection and delta.unit != self.select.unit:
                 raise ValueError(f"kind {delta.kind!r} says unit {delta.unit!r}, select says {self.select.unit!r}")
         return self
 
@@ -288,6 +290,8 @@ def explain(error: ValidationError, what: str) -> str:
         message = finding["msg"].removeprefix("Value error, ")
         if finding["type"] == "extra_forbidden":
             message = f"unknown key {finding['loc'][-1]!r}"
-        shown = "" if finding["type"] in ("value_error", "extra_forbidden", "missing") else f" (got {finding['input']!r})"
+        shown = (
+            "" if finding["type"] in ("value_error", "extra_forbidden", "missing") else f" (got {finding['input']!r})"
+        )
         lines.append(f"{place}: {message}{shown}")
     return f"{what} is not valid:\n  " + "\n  ".join(lines)

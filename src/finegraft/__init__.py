@@ -1,0 +1,35 @@
+"""finegraft: train a small part of a frozen model, and get a graft that can be saved, loaded, mixed and merged."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "graft": "finegraft.grafting.make",
+    "load": "finegraft.grafting.load",
+    "Graft": "finegraft.grafting.graft",
+    "grafts": "finegraft.grafting.merging",
+    "merge": "finegraft.grafting.merging",
+    "route": "finegraft.grafting.route",
+    "sites": "finegraft.locate.find",
+    "Recipe": "finegraft.recipe",
+    "methods": "finegraft.catalogue.listing",
+    "tune": "finegraft.run.tune",
+    "evaluate": "finegraft.run.evaluate",
+    "predict": "finegraft.run.predict",
+    "FinegraftError": "finegraft.errors",
+}
+__all__ = sorted(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'finegraft' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

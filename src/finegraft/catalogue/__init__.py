@@ -1,0 +1,1 @@
+"""Published methods as recipes: one row a method, no logic."""

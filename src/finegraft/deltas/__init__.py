@@ -1,0 +1,1 @@
+"""What changes at a site: one kind of change a file."""

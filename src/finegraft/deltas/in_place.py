@@ -1,0 +1,59 @@
+"""Training inside the base's own tensors: forward costs nothing extra, backward gives the chosen units only."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from finegraft.deltas.delta import Delta, Layer
+from finegraft.locate.ops import Op
+from finegraft.select.units import Units
+
+
+class InPlace(Delta):
+    """A change that adds trained values to chosen units of the weight or bias.
+
+    The graft writes ``original + change`` into the base's tensor and keeps the originals of the chosen units. Forward
+    then runs on the tensor as it is. The trained numbers are the *changes*, in float32 for half-precision bases, so
+    weight decay pulls towards the base.
+    """
+
+    in_place: ClassVar[bool] = True
+    reads_weight: ClassVar[bool] = True
+
+    @abstractmethod
+    def changes(self, p: Any) -> dict[str, tuple[Units, Tensor]]:
+        """Chosen units and trained values for ``weight`` (canonical matrix) and ``bias`` (``(out, 1)`` matrix)."""
+
+    def weight(self, p: Any, w: Tensor) -> Tensor:
+        found = self.changes(p).get("weight")
+        return w if found is None else found[0].add(w, found[1])
+
+    def bias(self, p: Any, b: Tensor | None) -> Tensor | None:
+        found = self.changes(p).get("bias")
+        return b if found is None or b is None else found[0].add(b.unsqueeze(-1), found[1]).squeeze(-1)
+
+    def forward_written(self, p: Any, layer: Layer, x: Tensor, scale: float) -> Tensor | None:
+        """A faster forward for when the values are already in the base's tensors, or None."""
+        return None
+
+
+def tie(stored: Tensor, units: Units, values: Tensor, op: Op, scale: float) -> Tensor:
+    """The stored tensor as it is, with a gradient that reaches the ``values`` written into it (times ``scale``)."""
+    return _Tie.apply(stored, values, units.index, units.unit, op, scale)
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, stored, values, index, unit, op, scale):
+        ctx.units, ctx.op, ctx.scale, ctx.dtype = Units(unit, index), op, scale, values.dtype
+        return stored.view_as(stored)
+
+    @staticmethod
+    def backward(ctx, grad):
+        chosen = ctx.units.gather(ctx.op.matrix(grad)).to(ctx.dtype)
+        below = grad if ctx.needs_input_grad[0] else None
+        return below, chosen * ctx.scale if ctx.scale != 1 else chosen, None, None, None, None

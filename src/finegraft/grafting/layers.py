@@ -1,0 +1,190 @@
+"""Layer functions at run time: the base's own, and those that changes make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from finegraft.deltas.delta import channel_norms, precise
+from finegraft.deltas.in_place import tie
+from finegraft.grafting.slot import Slot
+from finegraft.locate.ops import Op
+
+if TYPE_CHECKING:
+    from finegraft.grafting.chain import Written
+
+
+class BaseLayer:
+    """The base's layer, with gradients for whatever is trained inside its tensors.
+
+    Args:
+        module: the base's module.
+        op: how it computes.
+        call: its own forward, taking the input.
+        written: changes that stand in the base's tensors.
+        tied: whether they are those of another layer that has the same weight, but a bias of its own.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        op: Op,
+        call: Callable[[Tensor], Any],
+        written: Sequence[Written] = (),
+        *,
+        tied: bool = False,
+    ) -> None:
+        self.module, self.op, self._call, self._names = module, op, call, ("weight",) if tied else ("weight", "bias")
+        self._ties = [w for w in written if w.trains] if torch.is_grad_enabled() else []
+
+    def _stored(self, name: str) -> Any:
+        attachment = self.module._modules.get("finegraft")
+        if attachment is not None and attachment.chain(name) is not None:
+            return attachment.read(self.module, name)  # a bias that is a site of its own, tied elsewhere
+        return self.module._parameters.get(name)
+
+    def _tied(self, name: str) -> Any:
+        tensor = self._stored(name)
+        if tensor is None:
+            return None
+        for written in self._ties if name in self._names else ():
+            for slot in written.slots:
+                found = slot.delta.changes(slot).get(name)
+                if found is not None:
+                    units, values = found
+                    tensor = tie(tensor, units, values, self.op if name == "weight" else _VECTOR, written.scale)
+        return tensor
+
+    @property
+    def weight(self) -> Tensor:
+        return self.op.matrix(self._tied("weight"))
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._tied("bias")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self._ties:
+            return self._call(x)
+        if len(self._ties) == 1 and len(self._ties[0].slots) == 1:
+            (slot,) = self._ties[0].slots
+            untied = BaseLayer(self.module, self.op, self._call)
+            y = slot.delta.forward_written(slot, untied, x, self._ties[0].scale)
+            if y is not None:
+                return y
+        return self._natural(x, self._tied("weight"), self.bias)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._natural(x, self.op.restore(weight, self._stored("weight").shape), bias)
+
+    def _natural(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = self.op.apply(self.module, x, weight, bias)
+        if y is not None:
+            return y
+        overrides = self.module.finegraft.overrides
+        overrides["weight"] = weight
+        own_bias = "bias" in self.module._parameters
+        if own_bias:
+            overrides["bias"] = bias
+        try:
+            y = self._call(x)
+        finally:
+            overrides.clear()
+        return y if own_bias or bias is None else y + self.op.on_channels(bias, y)
+
+    def row_norms(self) -> Tensor:
+        with torch.no_grad():
+            return channel_norms(precise(self.op.matrix(self._stored("weight"))), self.op)
+
+
+class _Vector(Op):
+    """A bias as an ``(out, 1)`` matrix."""
+
+
+_VECTOR = _Vector()
+
+
+class ChangedLayer:
+    """The layer that one change makes of the layer beneath."""
+
+    def __init__(self, slot: Slot, below: Any) -> None:
+        self._slot, self._below = slot, below
+        self.op, self.module = below.op, below.module
+
+    @property
+    def weight(self) -> Tensor:
+        return self._slot.delta.weight(self._slot, self._below.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._slot.delta.bias(self._slot, self._below.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._slot.delta.forward(self._slot, self._below, x)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._below.apply(x, weight, bias)
+
+    def row_norms(self) -> Tensor:
+        with torch.no_grad():
+            return self._slot.delta.row_norms(self._slot, self._below)
+
+
+class ScaledLayer:
+    """``below + scale * (changed - below)``: what a graft at a scale other than one makes of a layer."""
+
+    def __init__(self, slots: Sequence[Slot], below: Any, scale: float) -> None:
+        self._slots, self._below, self._scale = slots, below, scale
+        self.op, self.module = below.op, below.module
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.lerp(self._below.weight, stacked(self._slots, self._below).weight, self._scale)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return blend(self._below.bias, stacked(self._slots, self._below).bias, self._scale)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        remembered = _Remembered(self._below, x)
+        y = stacked(self._slots, remembered)(x)
+        return remembered.y + self._scale * (y - remembered.y)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._below.apply(x, weight, bias)
+
+    def row_norms(self) -> Tensor:
+        with torch.no_grad():
+            return channel_norms(precise(self.weight), self.op)
+
+
+class _Remembered:
+    """A layer whose output for one input is computed once."""
+
+    def __init__(self, below: Any, x: Tensor) -> None:
+        self._below, self._x = below, x
+        self.op, self.module = below.op, below.module
+        self.y = below(x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._below, name)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.y if x is self._x else self._below(x)
+
+
+def stacked(slots: Sequence[Slot], below: Any) -> Any:
+    """The layer that changes make of the layer beneath, the first being innermost."""
+    for slot in slots:
+        below = ChangedLayer(slot, below)
+    return below
+
+
+def blend(before: Tensor | None, after: Tensor | None, scale: float) -> Tensor | None:
+    """``before + scale * (after - before)``, where a missing bias counts as zeros."""
+    if after is None or before is None:
+        return after if after is None else after * scale
+    return before + scale * (after - before)

@@ -1,0 +1,145 @@
+"""Writing changes into the base's tensors, and putting back what was there, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finegraft.grafting.chain import Chain, Group, Original, Written, changed_bias, changed_weight
+from finegraft.grafting.slot import trained_dtype
+from finegraft.select.units import EVERYTHING, Units
+
+
+@torch.no_grad()
+def rewrite(chain: Chain, module: Any, groups: Sequence[Group]) -> None:
+    """Let exactly these groups stand in the base's tensors, written in this order; the cost is what they touch."""
+    restore(chain, module)
+    for group in groups:
+        in_place = all(slot.delta.in_place for slot in group.slots)
+        number = sum(len(w.originals) for w in chain.written)
+        originals = (_write_units if in_place else _write_all)(chain, module, group, number)
+        trains = in_place and not group.merged and any(p.requires_grad for s in group.slots for p in s.parameters())
+        chain.written = (*chain.written, Written(group, originals, trains, _versions(group)))
+
+
+@torch.no_grad()
+def restore(chain: Chain, module: Any) -> None:
+    """Put back the originals of everything written, last first."""
+    for written in reversed(chain.written):
+        for original in reversed(written.originals):
+            kept = None if original.buffer is None else chain._buffers.pop(original.buffer)
+            if kept is None:
+                module._parameters[original.tensor] = None
+            else:
+                _put(chain, module, original.tensor, original.units, kept)
+    chain._non_persistent_buffers_set.clear()
+    chain.written = ()
+
+
+def forget(chain: Chain) -> None:
+    """Drop the originals: what is written stays for good."""
+    for written in chain.written:
+        for original in written.originals:
+            if original.buffer is not None:
+                del chain._buffers[original.buffer]
+    chain._non_persistent_buffers_set.clear()
+    chain.written = ()
+
+
+@torch.no_grad()
+def refresh(chain: Chain, module: Any) -> None:
+    """Bring the base's tensors up to date with values that have trained since they were written.
+
+    Values that count no change are written again too, since ``p.data`` may change uncounted; such a write is hidden
+    from autograd's own count, because it gives the same numbers unless the values did change.
+    """
+    changing = [w for w in chain.written if w.trains]
+    if not changing:
+        return
+    if torch.compiler.is_compiling():
+        for written in changing:
+            _write_again(chain, module, written, counted=False)
+        return
+    moved = [w for w in changing if w.versions != _versions(w.group)]
+    if len(chain.written) > 1:
+        if moved:
+            rewrite(chain, module, [w.group for w in chain.written])
+        return
+    (written,) = changing
+    _write_again(chain, module, written, counted=bool(moved))
+    if moved:
+        chain.written = (replace(written, versions=_versions(written.group)),)
+
+
+def _versions(group: Group) -> tuple[int, ...]:
+    return tuple(p._version for slot in group.slots for p in slot.parameters())
+
+
+def _write_units(chain: Chain, module: Any, group: Group, number: int) -> tuple[Original, ...]:
+    originals: list[Original] = []
+    for name, units, values in _changes(chain, group):
+        before = units.gather(_matrix(chain, module, name))
+        originals.append(_keep(chain, name, units, before, number + len(originals)))
+        _put(chain, module, name, units, _sum(before, values, group.scale))
+    return tuple(originals)
+
+
+def _write_again(chain: Chain, module: Any, written: Written, *, counted: bool) -> None:
+    for original, (name, units, values) in zip(written.originals, _changes(chain, written.group), strict=True):
+        before = chain.get_buffer(original.buffer or "")
+        _put(chain, module, name, units, _sum(before, values, written.scale), counted=counted)
+
+
+def _changes(chain: Chain, group: Group) -> list[tuple[str, Units, Tensor]]:
+    return [
+        (chain.tensor if name == "weight" else name, units, values)
+        for slot in group.slots
+        for name, (units, values) in slot.delta.changes(slot).items()
+    ]
+
+
+def _write_all(chain: Chain, module: Any, group: Group, number: int) -> tuple[Original, ...]:
+    stored = module._parameters[chain.tensor]
+    before = _matrix(chain, module, chain.tensor)
+    after = changed_weight(group, before.to(trained_dtype(stored.dtype)))
+    originals = [_keep(chain, chain.tensor, EVERYTHING, before.clone(), number)]
+    bias = module._parameters.get("bias") if chain.op.callable else None
+    new_bias = changed_bias(group, None if bias is None else bias.detach().to(trained_dtype(bias.dtype)))
+    if bias is not None and new_bias is not None:
+        originals.append(_keep(chain, "bias", EVERYTHING, bias.detach().unsqueeze(-1).clone(), number + 1))
+        _put(chain, module, "bias", EVERYTHING, new_bias.unsqueeze(-1))
+    elif new_bias is not None:
+        originals.append(Original("bias", EVERYTHING, None))
+        module._parameters["bias"] = nn.Parameter(new_bias.to(stored.device, stored.dtype), requires_grad=False)
+    _put(chain, module, chain.tensor, EVERYTHING, after)
+    return tuple(originals)
+
+
+def _keep(chain: Chain, tensor: str, units: Units, before: Tensor, number: int) -> Original:
+    buffer = f"original_{number}"
+    chain.register_buffer(buffer, before, persistent=False)
+    return Original(tensor, units, buffer)
+
+
+def _sum(before: Tensor, values: Tensor, scale: float) -> Tensor:
+    change = values.detach() if scale == 1 else scale * values.detach()
+    return (before.to(change.dtype) + change).to(before.dtype)
+
+
+def _matrix(chain: Chain, module: Any, name: str, *, counted: bool = True) -> Tensor:
+    stored = module._parameters[name]
+    tensor = stored.detach() if counted else stored.data
+    return chain.op.matrix(tensor) if name == chain.tensor else tensor.unsqueeze(-1)
+
+
+def _put(chain: Chain, module: Any, name: str, units: Units, values: Tensor, *, counted: bool = True) -> None:
+    matrix = _matrix(chain, module, name, counted=counted)
+    units.write_(matrix, values.to(matrix.dtype))
+    stored = module._parameters[name]
+    if not stored.is_contiguous() and matrix.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
+        # A layout such as channels-last has no matrix view: the copy goes back whole.
+        stored.detach().copy_(chain.op.restore(matrix, stored.shape))

@@ -1,0 +1,1 @@
+"""How the two factors of a low-rank change start."""

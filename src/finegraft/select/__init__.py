@@ -1,0 +1,1 @@
+"""Which units of a site train: scores, budgets and the chosen indices."""
