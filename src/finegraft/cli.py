@@ -1,0 +1,226 @@
+"""The command ``finegraft``: tune, eval, predict, methods, sites, inspect, merge, schema."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from finegraft import __version__
+from finegraft.errors import DataError, FinegraftError
+
+_EXIT_ERROR, _EXIT_INTERRUPTED = 2, 130
+_ERRORS_SHOWN = 20
+
+
+class _Commands(TyperGroup):
+    """Shows errors that finegraft raises on purpose as one message."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FinegraftError as error:
+            if ctx.params.get("debug"):
+                raise
+            interrupted = type(error).__name__ == "TrainingInterrupted"
+            _say(str(error), label="" if interrupted else "error: ")
+            raise typer.Exit(_EXIT_INTERRUPTED if interrupted else _EXIT_ERROR) from None
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, help="Adapt pretrained models by small grafts."
+)
+_methods = typer.Typer(help="The published methods.")
+app.add_typer(_methods, name="methods")
+
+GraftPath = Annotated[Path, typer.Argument(metavar="GRAFT", help="Folder of a graft, or of the run that made it.")]
+BaseName = Annotated[str | None, typer.Option("--base", help="The base model; by default the one the graft names.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows in a forward pass.")]
+
+
+def _say(message: str, *, label: str = "") -> None:
+    console = Console(stderr=True)
+    console.print(f"[bold red]{label}[/bold red]" if label else "", end="")
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of all errors.")] = False,
+    shown: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def tune(
+    config: Annotated[Path, typer.Argument(help="A YAML file; finegraft schema describes it.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting: train.epochs=1.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+) -> None:
+    """Train a graft: base, data and method in; graft, scores and report out."""
+    from finegraft.run.config_file import load_config
+
+    settled = load_config(config, settings or ())
+
+    from finegraft.run.result import summary_table
+    from finegraft.run.tune import tune as run
+
+    result = run(settled, resume=resume, overwrite=overwrite, tell=_say)
+    Console().print(summary_table(result.metrics))
+    print(f"{result.out}: graft, metrics.json, recipe.yaml, config.yaml, report.html")
+
+
+@app.command("eval")
+def evaluate(
+    graft: GraftPath,
+    data: Annotated[str, typer.Argument(help="Labelled rows: a file, an image folder, or a data set of the Hub.")],
+    base: BaseName = None,
+    batch_size: BatchSize = 64,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast.")] = "fp32",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most so many rows.")] = None,
+) -> None:
+    """Score a graft on labelled rows; prints the metrics as JSON."""
+    from finegraft.run.evaluate import evaluate as run
+
+    print(json.dumps(run(graft, data, base=base, batch_size=batch_size, precision=precision, limit=limit), indent=2))
+
+
+@app.command()
+def predict(
+    graft: GraftPath,
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="A file of lines, or - for standard input.")] = "-",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A file instead of standard output.")] = None,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="Lines are JSON objects; so are those of *.jsonl.")] = False,
+    base: BaseName = None,
+    batch_size: BatchSize = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation of a prompt.")] = 50,
+) -> None:
+    """Answer lines of text (or paths of images) as lines of JSON, in the same order."""
+    from finegraft.run.predict import predict as run
+
+    bad = []
+    with ExitStack() as open_files:
+        lines = sys.stdin if source == "-" else open_files.enter_context(_opened(source, "r"))
+        target = sys.stdout if out is None else open_files.enter_context(_opened(out, "w"))
+        for answer in run(
+            graft,
+            lines,
+            jsonl=jsonl or source.endswith(".jsonl"),
+            base=base,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+        ):
+            print(json.dumps(answer, ensure_ascii=False), file=target, flush=True)
+            if "error" in answer:
+                bad.append(f"line {answer['line']}: {answer['error']}")
+    if bad:
+        more = f"\n  and {len(bad) - _ERRORS_SHOWN} more" if len(bad) > _ERRORS_SHOWN else ""
+        raise DataError(f"without an answer: {len(bad)} lines\n  " + "\n  ".join(bad[:_ERRORS_SHOWN]) + more)
+
+
+def _opened(path: str | Path, mode: str) -> IO[str]:
+    try:
+        return open(path, mode, encoding="utf-8", errors="surrogateescape" if mode == "r" else "strict")
+    except OSError as error:
+        raise DataError(f"cannot open {path}: {error.strerror}") from error
+
+
+@_methods.callback(invoke_without_command=True)
+def methods(
+    context: typer.Context,
+    capabilities: Annotated[
+        bool, typer.Option("--capabilities", help="Try what each kind of change can do, and show it.")
+    ] = False,
+) -> None:
+    """Show the catalogue as a table."""
+    if context.invoked_subcommand is not None:
+        return
+    if capabilities:
+        from finegraft.testing import capabilities_table as table
+    else:
+        from finegraft.run.tables import catalogue_table as table
+    Console().print(table())
+
+
+@_methods.command("show")
+def show_method(
+    name: Annotated[str, typer.Argument(help="A method of the catalogue.")],
+    model: Annotated[str | None, typer.Option("--model", help="Count what it trains in this base.")] = None,
+) -> None:
+    """Show a method's recipe, its paper, and how much it trains in a model."""
+    from finegraft.registry import methods as catalogue
+
+    recipe = catalogue[name]
+    if recipe.source is not None:
+        print(f"# {recipe.source.title} ({recipe.source.year}), {recipe.source.url}")
+    print(recipe.to_yaml(), end="")
+    if model is not None:
+        from finegraft.run.tables import shares_table
+
+        Console().print(shares_table(recipe, model))
+
+
+@app.command()
+def sites(
+    model: Annotated[str, typer.Argument(help="A base: hub id, local folder, or minilm.")],
+) -> None:
+    """Show where a model can change: a tree of sites with roles, shapes and parameters."""
+    from finegraft.locate import sites as find
+    from finegraft.run.structure import structure
+
+    Console().print(find(structure(model)).tree(title=model))
+
+
+@app.command()
+def inspect(graft: GraftPath) -> None:
+    """Show what a graft is: method, base, changes, task, scores."""
+    from finegraft.run.tables import graft_table
+
+    Console().print(graft_table(graft))
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="The base model: hub id, local folder, or minilm.")],
+    graft: GraftPath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+) -> None:
+    """Write a graft into its base, as a plain folder of Transformers."""
+    from finegraft.run.export import write_merged
+
+    print(write_merged(base, graft, out))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration, for editors."""
+    from finegraft.run.config import TuneConfig
+
+    print(json.dumps(TuneConfig.model_json_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point of the command ``finegraft``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

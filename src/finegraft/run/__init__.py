@@ -1,0 +1,1 @@
+"""The main job: configurations, tuning, scoring, predicting, and merging for good."""

@@ -1,0 +1,144 @@
+"""Reading a configuration from YAML, with errors that name the line."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from finegraft.errors import RecipeError
+from finegraft.registry import nearest
+from finegraft.run.config import TuneConfig
+
+_Place = tuple[str | int, ...]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TuneConfig:
+    """Reads and validates a configuration.
+
+    Relative paths of data and base are taken from the current directory, or else from the file's folder.
+
+    Args:
+        path: a YAML file.
+        overrides: settings such as ``train.epochs=1``, whose values are YAML; later ones win.
+
+    Raises:
+        RecipeError: no such file, not YAML, or keys and values that are not allowed; every problem is
+            named with its line.
+    """
+    file = Path(path)
+    try:
+        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"cannot read {file}: {error}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise RecipeError(f"{file} is no configuration: it should be a mapping with base:, task:, data: ...")
+    places = dict(_places(root, (), file))
+    data = yaml.SafeLoader("").construct_document(root)
+    for override in overrides:
+        _apply(override, data, places)
+    return _validated(data, places, file)
+
+
+def parse_config(data: dict[str, Any]) -> TuneConfig:
+    """Validates a configuration given as plain data.
+
+    Raises:
+        RecipeError: keys and values that are not allowed.
+    """
+    return _validated(data, {}, None)
+
+
+def _places(node: yaml.Node, path: _Place, file: Path) -> Iterator[tuple[_Place, str]]:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise RecipeError(f"{file}, line {line}: {key.value!r} is given twice")
+            seen.add(key.value)
+            yield (*path, key.value), f"line {line}"
+            yield from _places(value, (*path, key.value), file)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            yield (*path, number), f"line {item.start_mark.line + 1}"
+            yield from _places(item, (*path, number), file)
+
+
+def _apply(override: str, data: dict[str, Any], places: dict[_Place, str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise RecipeError(f"--set {override}: give a key and a value, such as --set train.epochs=1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not YAML: {error}") from None
+    path = key.split(".")
+    target = data
+    for name in path[:-1]:
+        inner = target.get(name)
+        if name == "method" and isinstance(inner, str):
+            inner = {"name": inner}
+        target[name] = inner = {} if inner is None else inner
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {override}: {name} is {inner!r}, which has no settings")
+        target = inner
+    target[path[-1]] = value
+    places[tuple(path)] = f"--set {override}"
+
+
+def _validated(data: dict[str, Any], places: dict[_Place, str], file: Path | None) -> TuneConfig:
+    try:
+        config = TuneConfig.model_validate(data)
+    except ValidationError as error:
+        problems = "\n  ".join(dict.fromkeys(_problem(finding, places) for finding in error.errors()))
+        raise RecipeError(f"{file or 'the configuration'} is not valid:\n  {problems}") from None
+    return config if file is None else _with_paths_found(config, file.parent)
+
+
+def _problem(finding: Any, places: dict[_Place, str]) -> str:
+    place: _Place = tuple(finding["loc"])
+    known = [place[:end] for end in range(len(place), 0, -1) if place[:end] in places]
+    where = f"{places[known[0]]}: " if known else ""
+    shown = place if finding["type"] in ("extra_forbidden", "missing") or not known else known[0]
+    name = ".".join(map(str, shown))
+    if finding["type"] == "extra_forbidden":
+        allowed = sorted(_model_at(place[:-1]).model_fields)
+        section = f"in {'.'.join(map(str, place[:-1]))}" if place[:-1] else "at the top"
+        return f"{where}unknown key {str(place[-1])!r} {section}; {nearest(str(place[-1]), allowed)}"
+    if finding["type"] == "missing":
+        return f"{where}{name} is missing"
+    message = finding["msg"].removeprefix("Value error, ")
+    got = "" if finding["type"] == "value_error" else f" (got {finding['input']!r})"
+    return f"{where}{name}: {message}{got}"
+
+
+def _model_at(place: _Place) -> type[BaseModel]:
+    model: type[BaseModel] = TuneConfig
+    for name in place:
+        annotation = model.model_fields[str(name)].annotation
+        options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return model
+
+
+def _with_paths_found(config: TuneConfig, folder: Path) -> TuneConfig:
+    sources = {
+        name: _found(source, folder)
+        for name in ("train", "eval", "test")
+        if (source := getattr(config.data, name)) is not None
+    }
+    data = config.data.model_copy(update=sources)
+    return config.model_copy(update={"data": data, "base": _found(config.base, folder)})
+
+
+def _found(source: str, folder: Path) -> str:
+    """``source`` as it is, or with the folder in front if only there it exists; ``file:split`` counts as its file."""
+    file = source.rpartition(":")[0] or source
+    if any(Path(name).expanduser().exists() for name in (source, file)):
+        return source
+    return str(folder / source) if any((folder / name).exists() for name in (source, file)) else source

@@ -1,0 +1,1 @@
+"""Training a graft: the bridge to ``transformers.Trainer``, checkpoints, precision, progress and interruption."""
