@@ -83,9 +83,7 @@ def test_a_tokenizer_without_padding_gets_some(folder):
 
 def test_inputs_are_no_longer_than_the_base_has_positions_for(folder):
     config = folder / "config.json"
-    config.write_text(
-        config.read_text().replace('"max_position_embeddings": 512', '"max_position_embeddings": 32')
-    )
+    config.write_text(config.read_text().replace('"max_position_embeddings": 512', '"max_position_embeddings": 32'))
     weights = load_file(folder / "model.safetensors")
     name = "bert.embeddings.position_embeddings.weight"
     weights[name] = weights[name][:32].clone()
@@ -120,7 +118,7 @@ def test_an_image_model_without_a_processor_gets_a_plain_one(tmp_path):
         ("a/b/c", "no folder, and no Hub id"),
         (str(DATA / "sst2" / "dev.csv"), "a file, not a folder"),
         (str(DATA / "sst2"), "no config.json .it holds dev.csv"),
-        (str(DATA / "cifar_resnet20"), "given to finegraft.graft directly"),
+        (str(DATA / "cifar_resnet20"), "given to finegraft.grafting directly"),
     ],
 )
 def test_what_is_no_base_is_an_error_that_says_what_was_tried(name, part):

@@ -72,9 +72,7 @@ def test_unusable_labels_are_an_error(labels, part):
 def test_a_declared_class_that_does_not_exist_is_an_error():
     features = datasets.Features({"label": datasets.ClassLabel(names=["no", "yes"])})
     with pytest.raises(DataError, match="row 2 has label -1.*classes 0 to 1"):
-        class_numbers(
-            tables([0, -1], features).eval, "label", "dev.csv", ["no", "yes"], by_word=False, training=False
-        )
+        class_numbers(tables([0, -1], features).eval, "label", "dev.csv", ["no", "yes"], by_word=False, training=False)
 
 
 def test_labels_that_never_occur_in_training_are_named():

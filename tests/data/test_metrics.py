@@ -32,9 +32,7 @@ def test_macro_f1_weighs_classes_equally():
 
 
 def test_classification_scores_the_largest_logit():
-    scores = SCORINGS["classification"].score(
-        np.array([[2, 1], [0, 1], [3, 0], [0, 4]]), np.array([0, 1, 1, 1])
-    )
+    scores = SCORINGS["classification"].score(np.array([[2, 1], [0, 1], [3, 0], [0, 4]]), np.array([0, 1, 1, 1]))
     assert scores["accuracy"] == 0.75
 
 

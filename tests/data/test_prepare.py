@@ -36,9 +36,7 @@ def test_sentences_become_batches_padded_to_the_longest(minilm):
     assert batch["input_ids"].shape == (8, max(prepared.lengths(prepared.train)[:8]))
     assert batch["attention_mask"].sum(1).tolist() == prepared.lengths(prepared.train)[:8]
     text = minilm.processor.decode(batch["input_ids"][0], skip_special_tokens=True)
-    assert text.startswith(
-        "a stirring, funny and finally transporting re - imagining of beauty and the beast"
-    )
+    assert text.startswith("a stirring, funny and finally transporting re - imagining of beauty and the beast")
 
 
 def test_collating_agrees_with_the_tokenizers_own_padding(minilm):
@@ -105,9 +103,7 @@ def test_rows_that_cannot_be_used_are_named(minilm, tmp_path, columns, part):
     assert path in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "numbers, part", [([1.0, 1.0], "nothing can be learnt"), (["1", "high"], "row 2 has 'high'")]
-)
+@pytest.mark.parametrize("numbers, part", [([1.0, 1.0], "nothing can be learnt"), (["1", "high"], "row 2 has 'high'")])
 def test_numbers_that_cannot_be_used_are_named(minilm, tmp_path, numbers, part):
     path = write(tmp_path / "bad.parquet", text=["a", "b"], label=numbers)
     with pytest.raises(DataError, match=part):
@@ -161,10 +157,7 @@ def test_overlapping_blocks_score_each_token_once(stories):
     prepared = prepare(task, stories.processor, SHAKESPEARE)
     labels = [prepared.collate([row])["labels"][0] for row in prepared.eval]
     scored = torch.cat([labels[0], *(part[part != -100] for part in labels[1:])])
-    assert (
-        scored.tolist()
-        == stories.processor((DATA / "shakespeare/dev.txt").read_text(), verbose=False)["input_ids"]
-    )
+    assert scored.tolist() == stories.processor((DATA / "shakespeare/dev.txt").read_text(), verbose=False)["input_ids"]
     assert (labels[1] != -100).sum() == 16
 
 
@@ -199,12 +192,8 @@ def test_too_little_text_is_an_error(stories, tmp_path):
 
 
 def test_pairs_of_sentences_have_a_side_axis(minilm, tmp_path):
-    path = write(
-        tmp_path / "pairs.parquet", text=["a plane", "rain"], text_pair=["an air plane", "sun"], score=[5, 1]
-    )
-    prepared = prepare(
-        Task(kind="sentence-embedding", score_scale=5), minilm.processor, Data(train=path, eval=path)
-    )
+    path = write(tmp_path / "pairs.parquet", text=["a plane", "rain"], text_pair=["an air plane", "sun"], score=[5, 1])
+    prepared = prepare(Task(kind="sentence-embedding", score_scale=5), minilm.processor, Data(train=path, eval=path))
     batch = rows_of(prepared, prepared.eval, 2)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, 2, 5)
     assert minilm.processor.decode(batch["input_ids"][0, 1], skip_special_tokens=True) == "an air plane"
@@ -225,9 +214,7 @@ def test_pairs_without_a_score_are_labelled_with_their_partner(minilm, tmp_path)
 
 
 def test_images_are_turned_into_pixels_batch_by_batch():
-    data = Data(
-        train=DATA / "fashion_mnist/train.parquet", eval=DATA / "fashion_mnist/test.parquet", limit=30
-    )
+    data = Data(train=DATA / "fashion_mnist/train.parquet", eval=DATA / "fashion_mnist/test.parquet", limit=30)
     prepared = prepare(Task(kind="image-classification"), PlainImages((14, 14), channels=1), data)
     assert prepared.labels[:2] == ["T-shirt/top", "Trouser"] and len(prepared.eval) == 30
     batch = rows_of(prepared, prepared.train, 4)

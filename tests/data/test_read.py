@@ -62,9 +62,7 @@ def with_splits(tmp_path):
 
 
 def test_a_split_column_gives_each_purpose_its_rows(with_splits):
-    tables = read_data(
-        Task(kind="classification"), Data(train=with_splits, eval=with_splits, test=with_splits)
-    )
+    tables = read_data(Task(kind="classification"), Data(train=with_splits, eval=with_splits, test=with_splits))
     assert [rows["text"][:] for rows in (tables.train, tables.eval, tables.test)] == [
         ["a", "c"],
         ["b"],

@@ -38,9 +38,7 @@ def test_partners_are_found_among_the_pairs_of_a_batch(base, tmp_path):
     prepared, batch = batch_of(base, tmp_path, text=LEFT, text_pair=RIGHT)
     with torch.no_grad():
         output = base.model(**batch)
-    assert output["logits"].shape == (3, 3) and prepared.reduce(
-        output["logits"], batch["labels"]
-    ).tolist() == [1, 1, 1]
+    assert output["logits"].shape == (3, 3) and prepared.reduce(output["logits"], batch["labels"]).tolist() == [1, 1, 1]
     cross = torch.nn.functional.cross_entropy(output["logits"], torch.arange(3))
     assert output["loss"].item() == pytest.approx(cross.item())
     batch["labels"] = batch["labels"].roll(1)
@@ -49,9 +47,7 @@ def test_partners_are_found_among_the_pairs_of_a_batch(base, tmp_path):
 
 
 def test_scores_are_compared_with_cosines(base, tmp_path):
-    _, batch = batch_of(
-        base, tmp_path, text=LEFT, text_pair=[LEFT[0], RIGHT[1], RIGHT[0]], score=[1.0, 0.8, 0.0]
-    )
+    _, batch = batch_of(base, tmp_path, text=LEFT, text_pair=[LEFT[0], RIGHT[1], RIGHT[0]], score=[1.0, 0.8, 0.0])
     with torch.no_grad():
         output = base.model(**batch)
     cosines = output["logits"].tolist()

@@ -7,9 +7,7 @@ from finegraft.data.read import read_table
 from tests.data.conftest import DATA
 
 
-@pytest.mark.parametrize(
-    "split, rows, positive", [("train", 6920, 3610), ("dev", 872, 444), ("test", 1821, 909)]
-)
+@pytest.mark.parametrize("split, rows, positive", [("train", 6920, 3610), ("dev", 872, 444), ("test", 1821, 909)])
 def test_sst2_has_all_rows_of_the_official_splits(split, rows, positive):
     labels = read_table(DATA / f"sst2/{split}.csv")["label"][:]
     assert (len(labels), sum(labels)) == (rows, positive)

@@ -148,7 +148,7 @@ def _load_model(
     except ValueError as error:
         raise RecipeError(
             f"base {name!r} cannot be loaded for {task.kind}: {str(error).splitlines()[0]} "
-            f"(a model that is not of Transformers is built by you and given to finegraft.graft directly)"
+            f"(a model that is not of Transformers is built by you and given to finegraft.grafting directly)"
         ) from error
     except safetensors.SafetensorError as error:
         raise StoreError(f"the weights of base {name!r} are truncated or damaged: {error}") from error

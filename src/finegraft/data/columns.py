@@ -23,9 +23,7 @@ def values_of(rows: datasets.Dataset, name: str, source: str) -> list[Any]:
     values = rows.with_format(None)[name][:]
     for row, value in enumerate(values, 1):
         if is_missing(value):
-            raise DataError(
-                f"{source}: row {row} has no value in column {name!r}; fill it in or remove the row"
-            )
+            raise DataError(f"{source}: row {row} has no value in column {name!r}; fill it in or remove the row")
     return values
 
 
@@ -34,14 +32,10 @@ def texts_of(rows: datasets.Dataset, name: str, source: str, *, blank: bool = Fa
     texts = []
     for row, value in enumerate(values_of(rows, name, source), 1):
         if isinstance(value, (list, dict, bytes)):
-            raise DataError(
-                f"{source}: column {name!r} holds {type(value).__name__} values (row {row}), not texts"
-            )
+            raise DataError(f"{source}: column {name!r} holds {type(value).__name__} values (row {row}), not texts")
         text = str(value)
         if not blank and not text.strip():
-            raise DataError(
-                f"{source}: row {row} has a blank text in column {name!r}; fill it in or remove the row"
-            )
+            raise DataError(f"{source}: row {row} has a blank text in column {name!r}; fill it in or remove the row")
         texts.append(text)
     return texts
 
@@ -55,9 +49,7 @@ def numbers_of(rows: datasets.Dataset, name: str, source: str) -> list[float]:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise DataError(
-                f"{source}: row {row} has {value!r} in column {name!r}, where a finite number is needed"
-            )
+            raise DataError(f"{source}: row {row} has {value!r} in column {name!r}, where a finite number is needed")
         numbers.append(number)
     return numbers
 

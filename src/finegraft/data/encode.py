@@ -43,9 +43,7 @@ class Reading:
         limit = self.processor.model_max_length
         asked = self.task.max_length
         if asked is not None and asked > limit:
-            raise DataError(
-                f"max_length {asked} is more than the {limit} tokens that the base model can read"
-            )
+            raise DataError(f"max_length {asked} is more than the {limit} tokens that the base model can read")
         return asked or min(limit, 512)
 
 
@@ -83,9 +81,7 @@ def _texts(rows: datasets.Dataset, source: str, reading: Reading) -> dict[str, p
     return _tokens(reading, *(texts_of(rows, name, source) for name in names))
 
 
-def _classification(
-    rows: datasets.Dataset, source: str, reading: Reading, purpose: Purpose
-) -> datasets.Dataset:
+def _classification(rows: datasets.Dataset, source: str, reading: Reading, purpose: Purpose) -> datasets.Dataset:
     inputs = _texts(rows, source, reading)
     if purpose == "predict":
         return _table(inputs)
@@ -93,7 +89,8 @@ def _classification(
 
 
 def _classes(rows: datasets.Dataset, source: str, reading: Reading, purpose: Purpose) -> list[Any]:
-    assert reading.task.label is not None and reading.labels is not None
+    assert reading.task.label is not None
+    assert reading.labels is not None
     by_word, training = reading.task.kind == "token-classification", purpose == "train"
     return class_numbers(rows, reading.task.label, source, reading.labels, by_word=by_word, training=training)
 
@@ -105,15 +102,11 @@ def _regression(rows: datasets.Dataset, source: str, reading: Reading, purpose: 
     assert reading.task.label is not None
     numbers = numbers_of(rows, reading.task.label, source)
     if purpose == "train" and min(numbers) == max(numbers):
-        raise DataError(
-            f"{source}: column {reading.task.label!r} is {numbers[0]} in every row; nothing can be learnt"
-        )
+        raise DataError(f"{source}: column {reading.task.label!r} is {numbers[0]} in every row; nothing can be learnt")
     return _table(inputs, labels=np.asarray(numbers, np.float32))
 
 
-def _token_classification(
-    rows: datasets.Dataset, source: str, reading: Reading, purpose: Purpose
-) -> datasets.Dataset:
+def _token_classification(rows: datasets.Dataset, source: str, reading: Reading, purpose: Purpose) -> datasets.Dataset:
     assert reading.task.tokens is not None
     words = values_of(rows, reading.task.tokens, source)
     for row, value in enumerate(words, 1):
@@ -140,16 +133,14 @@ def _token_classification(
 def _first_tokens(words: list[int | None]) -> list[int]:
     """For each token the number of the word that it begins, or -100."""
     before = [None, *words[:-1]]
-    return [
-        IGNORED if word is None or word == last else word for last, word in zip(before, words, strict=True)
-    ]
+    return [IGNORED if word is None or word == last else word for last, word in zip(before, words, strict=True)]
 
 
-def _sentence_embedding(
-    rows: datasets.Dataset, source: str, reading: Reading, purpose: Purpose
-) -> datasets.Dataset:
+def _sentence_embedding(rows: datasets.Dataset, source: str, reading: Reading, purpose: Purpose) -> datasets.Dataset:
     task = reading.task
-    assert task.text is not None and task.text_pair is not None and task.score is not None
+    assert task.text is not None
+    assert task.text_pair is not None
+    assert task.score is not None
     inputs = _tokens(reading, texts_of(rows, task.text, source))
     if purpose == "predict" and task.text_pair not in rows.column_names:
         return _table(inputs)
@@ -200,9 +191,7 @@ def _stream(reading: Reading, texts: list[str]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _image_classification(
-    rows: datasets.Dataset, source: str, reading: Reading, purpose: Purpose
-) -> datasets.Dataset:
+def _image_classification(rows: datasets.Dataset, source: str, reading: Reading, purpose: Purpose) -> datasets.Dataset:
     """Images stay as they are: pixels are made batch by batch, since all at once would not fit in memory."""
     assert reading.task.image is not None
     need_column(rows, reading.task.image, source)

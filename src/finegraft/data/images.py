@@ -47,9 +47,7 @@ class PlainImages:
 def _bytes(value: Any) -> np.ndarray:
     array = np.asarray(value)
     if array.dtype.kind not in "ui" or array.min() < 0 or array.max() > 255:
-        raise DataError(
-            f"an image array holds {array.dtype} values, where whole numbers from 0 to 255 are needed"
-        )
+        raise DataError(f"an image array holds {array.dtype} values, where whole numbers from 0 to 255 are needed")
     return array.astype(np.uint8)
 
 
@@ -70,6 +68,4 @@ def as_image(value: Any) -> Image.Image:
             return value.convert("RGB")
     except (UnidentifiedImageError, OSError, TypeError, ValueError) as error:
         raise DataError(f"an image cannot be read: {error}") from error
-    raise DataError(
-        f"a {type(value).__name__} is no image; images are image files, their bytes, or arrays of 0..255"
-    )
+    raise DataError(f"a {type(value).__name__} is no image; images are image files, their bytes, or arrays of 0..255")

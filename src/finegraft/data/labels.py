@@ -34,7 +34,8 @@ def label_names(task: Task, data: Data | Tables) -> list[str] | None:
     if source is None:
         raise DataError("the classes are read from the training rows, but data.train is not set")
     rows = read_table(source) if isinstance(data, Data) else data.train
-    assert rows is not None and task.label is not None
+    assert rows is not None
+    assert task.label is not None
     column = task.label
     need_column(rows, column, source)
     declared = _declared(rows, column)
@@ -42,9 +43,7 @@ def label_names(task: Task, data: Data | Tables) -> list[str] | None:
         return declared
     present = set(_flat(class_values(rows, column, source, by_word=task.kind == "token-classification")))
     if len(present) > _MOST_CLASSES:
-        raise DataError(
-            f"{source}: column {column!r} has {len(present)} distinct values; is it really a class?"
-        )
+        raise DataError(f"{source}: column {column!r} has {len(present)} distinct values; is it really a class?")
     if len(present) < 2:
         raise _one_class(source, column, present)
     return sorted(present, key=int) if all(map(_is_whole, present)) else sorted(present)
@@ -57,9 +56,7 @@ def class_values(rows: datasets.Dataset, column: str, source: str, *, by_word: b
     for row, value in enumerate(values_of(rows, column, source), 1):
         if isinstance(value, list) != by_word:
             needed = "a list of labels, one for each word," if by_word else "one label"
-            raise DataError(
-                f"{source}: row {row} has {value!r} in column {column!r}, where {needed} is needed"
-            )
+            raise DataError(f"{source}: row {row} has {value!r} in column {column!r}, where {needed} is needed")
         found = [_name(item, declared, row, column, source) for item in (value if by_word else [value])]
         names.append(found if by_word else found[0])
     return names
@@ -89,9 +86,7 @@ def class_numbers(
 def _one_class(source: str, column: str, present: set[str]) -> DataError:
     only = next(iter(present), None)
     found = f"only the class {only!r}" if present else "no labels"
-    return DataError(
-        f"{source}: column {column!r} holds {found}; training needs rows of at least two classes"
-    )
+    return DataError(f"{source}: column {column!r} holds {found}; training needs rows of at least two classes")
 
 
 def _declared(rows: datasets.Dataset, column: str) -> list[str] | None:

@@ -35,9 +35,7 @@ def join(batches: Sequence[np.ndarray]) -> np.ndarray:
     if batches[0].ndim < 2:
         return np.concatenate(batches)
     width = max(batch.shape[1] for batch in batches)
-    padded = [
-        np.pad(batch, ((0, 0), (0, width - batch.shape[1])), constant_values=IGNORED) for batch in batches
-    ]
+    padded = [np.pad(batch, ((0, 0), (0, width - batch.shape[1])), constant_values=IGNORED) for batch in batches]
     return np.concatenate(padded)
 
 

@@ -76,9 +76,7 @@ def prepare(task: Task, processor: Any, data: Data | Tables, *, labels: list[str
     assert evaluation is not None
     scoring = _scoring(task, evaluation)
     if test is not None and _scoring(task, test) is not scoring:
-        raise DataError(
-            f"of {tables.data.eval} and {tables.data.test} only one has scores; both or none must"
-        )
+        raise DataError(f"of {tables.data.eval} and {tables.data.test} only one has scores; both or none must")
     return Prepared(
         train=train,
         eval=evaluation,
@@ -92,9 +90,7 @@ def prepare(task: Task, processor: Any, data: Data | Tables, *, labels: list[str
     )
 
 
-def encode(
-    task: Task, processor: Any, rows: datasets.Dataset, *, source: str = "the input"
-) -> datasets.Dataset:
+def encode(task: Task, processor: Any, rows: datasets.Dataset, *, source: str = "the input") -> datasets.Dataset:
     """Encode rows without labels, for prediction: one encoded row for each row, in the same order."""
     return ENCODERS[task.kind](rows, source, Reading(task, processor, None), "predict")
 

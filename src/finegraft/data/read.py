@@ -91,11 +91,7 @@ def read_table(source: str | Path, *, split: str = "train", whole_text: bool = F
         rows = _image_folder(path, asked=asked, split=split)
     elif path.is_file():
         rows = _pick_split(_read_file(path, whole_text=whole_text), path, asked=asked, split=split)
-    elif (
-        path.suffix.lower() in (*_READERS, ".txt")
-        or not _HUB_ID.fullmatch(str(source))
-        or name.startswith(".")
-    ):
+    elif path.suffix.lower() in (*_READERS, ".txt") or not _HUB_ID.fullmatch(str(source)) or name.startswith("."):
         raise DataError(f"no such file or folder: {path} (looked in {Path.cwd()})")
     else:
         rows = _from_hub(str(source), split)
@@ -166,9 +162,7 @@ def _read_file(path: Path, *, whole_text: bool) -> datasets.Dataset:
     ending = path.suffix.lower()
     if ending != ".txt" and ending not in _READERS:
         allowed = ", ".join([*_READERS, ".txt"])
-        raise DataError(
-            f"{path}: cannot read a {ending or 'nameless'} file as a table; known endings: {allowed}"
-        )
+        raise DataError(f"{path}: cannot read a {ending or 'nameless'} file as a table; known endings: {allowed}")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; a table needs a header and at least one row")
     try:
@@ -200,9 +194,7 @@ def _image_folder(path: Path, *, asked: str | None, split: str) -> datasets.Data
     try:
         found = datasets.load_dataset("imagefolder", data_dir=str(path), drop_labels=False)
     except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
-        raise DataError(
-            f"{path} is not a folder of images with one sub-folder for each class: {error}"
-        ) from error
+        raise DataError(f"{path} is not a folder of images with one sub-folder for each class: {error}") from error
     if len(found) == 1 and not asked:
         return next(iter(found.values()))
     return _split_of(found, str(path), asked or split)

@@ -59,12 +59,8 @@ class Task(BaseModel):
 
     kind: Kind
     text: str | None = Field(None, description="column with the text")
-    text_pair: str | None = Field(
-        None, description="column with a second text, judged together with the first"
-    )
-    label: str | None = Field(
-        None, description="column with the class, the classes of the words, or the number"
-    )
+    text_pair: str | None = Field(None, description="column with a second text, judged together with the first")
+    label: str | None = Field(None, description="column with the class, the classes of the words, or the number")
     tokens: str | None = Field(None, description="column with the list of words")
     image: str | None = Field(None, description="column with the image (an image, its bytes or its path)")
     score: str | None = Field(None, description="column with the similarity of two texts")
@@ -84,14 +80,10 @@ class Task(BaseModel):
         if not isinstance(given, dict) or str(given.get("kind")) not in _COLUMNS:
             return given  # the type of the field says what is wrong
         kind, columns = given["kind"], _COLUMNS[given["kind"]]
-        named = {
-            name: column for name, column in given.items() if name not in _ALL_COLUMNS or column is not None
-        }
+        named = {name: column for name, column in given.items() if name not in _ALL_COLUMNS or column is not None}
         strange = [name for name in named if name in _ALL_COLUMNS and name not in columns]
         strange += [
-            name
-            for name, kinds in _LIMITS_OF_KIND.items()
-            if named.get(name) is not None and kind not in kinds
+            name for name, kinds in _LIMITS_OF_KIND.items() if named.get(name) is not None and kind not in kinds
         ]
         strange = [name for name in strange if not (name == "score_scale" and named[name] == 1.0)]
         if strange:
@@ -133,6 +125,4 @@ class Data(BaseModel):
     train: Source | None = Field(None, description="rows to train on")
     eval: Source = Field(description="rows to evaluate on")
     test: Source | None = Field(None, description="rows to score once, at the end")
-    limit: PositiveInt | None = Field(
-        None, description="use at most so many rows (blocks for causal-lm) of each"
-    )
+    limit: PositiveInt | None = Field(None, description="use at most so many rows (blocks for causal-lm) of each")

@@ -32,9 +32,14 @@ class Group:
     merged: bool
 
     @property
+    def in_place(self) -> bool:
+        """Whether all of its values can train inside the base's tensors."""
+        return all(slot.delta.in_place for slot in self.slots)
+
+    @property
     def writable(self) -> bool:
         """Whether it belongs in the base's tensors: merged, or trained there."""
-        return self.merged or all(slot.delta.in_place for slot in self.slots)
+        return self.merged or self.in_place
 
     def over(self, below: Any) -> Any:
         """The layer function this group makes of the one beneath."""

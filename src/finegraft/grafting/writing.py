@@ -19,10 +19,10 @@ def rewrite(chain: Chain, module: Any, groups: Sequence[Group]) -> None:
     """Let exactly these groups stand in the base's tensors, written in this order; the cost is what they touch."""
     restore(chain, module)
     for group in groups:
-        in_place = all(slot.delta.in_place for slot in group.slots)
         number = sum(len(w.originals) for w in chain.written)
-        originals = (_write_units if in_place else _write_all)(chain, module, group, number)
-        trains = in_place and not group.merged and any(p.requires_grad for s in group.slots for p in s.parameters())
+        originals = (_write_units if group.in_place else _write_all)(chain, module, group, number)
+        takes_gradients = any(p.requires_grad for slot in group.slots for p in slot.parameters())
+        trains = group.in_place and not group.merged and takes_gradients
         chain.written = (*chain.written, Written(group, originals, trains, _versions(group)))
 
 
@@ -57,22 +57,18 @@ def refresh(chain: Chain, module: Any) -> None:
     Values that count no change are written again too, since ``p.data`` may change uncounted; such a write is hidden
     from autograd's own count, because it gives the same numbers unless the values did change.
     """
-    changing = [w for w in chain.written if w.trains]
-    if not changing:
+    first = next((i for i, w in enumerate(chain.written) if w.trains), None)
+    if first is None:
         return
-    if torch.compiler.is_compiling():
-        for written in changing:
-            _write_again(chain, module, written, counted=False)
-        return
-    moved = [w for w in changing if w.versions != _versions(w.group)]
-    if len(chain.written) > 1:
+    beneath, changing = chain.written[:first], chain.written[first:]
+    compiling = torch.compiler.is_compiling()
+    moved = not compiling and any(w.versions != _versions(w.group) for w in changing if w.trains)
+    if all(w.group.in_place for w in changing):
+        _write_again(chain, module, changing, counted=moved)
         if moved:
-            rewrite(chain, module, [w.group for w in chain.written])
-        return
-    (written,) = changing
-    _write_again(chain, module, written, counted=bool(moved))
-    if moved:
-        chain.written = (replace(written, versions=_versions(written.group)),)
+            chain.written = (*beneath, *(replace(w, versions=_versions(w.group)) for w in changing))
+    elif moved:
+        rewrite(chain, module, [w.group for w in chain.written])
 
 
 def _versions(group: Group) -> tuple[int, ...]:
@@ -88,10 +84,17 @@ def _write_units(chain: Chain, module: Any, group: Group, number: int) -> tuple[
     return tuple(originals)
 
 
-def _write_again(chain: Chain, module: Any, written: Written, *, counted: bool) -> None:
-    for original, (name, units, values) in zip(written.originals, _changes(chain, written.group), strict=True):
-        before = chain.get_buffer(original.buffer or "")
-        _put(chain, module, name, units, _sum(before, values, written.scale), counted=counted)
+def _write_again(chain: Chain, module: Any, changing: Sequence[Written], *, counted: bool) -> None:
+    """Write groups that lie one upon the other anew; the originals of all but the lowest change with those beneath."""
+    lowest, *above = changing
+    for original in (original for written in reversed(above) for original in reversed(written.originals)):
+        _put(chain, module, original.tensor, original.units, chain.get_buffer(original.buffer or ""), counted=counted)
+    for written in changing:
+        for original, (name, units, values) in zip(written.originals, _changes(chain, written.group), strict=True):
+            before = chain.get_buffer(original.buffer or "")
+            if written is not lowest:
+                before.copy_(units.gather(_matrix(chain, module, name)))
+            _put(chain, module, name, units, _sum(before, values, written.scale), counted=counted)
 
 
 def _changes(chain: Chain, group: Group) -> list[tuple[str, Units, Tensor]]:

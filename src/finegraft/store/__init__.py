@@ -2,7 +2,7 @@
 
 A graft is a folder of ``graft.safetensors`` (tensors, integers packed), ``graft.json`` (the manifest) and
 ``README.md`` (the model card). Nothing is ever pickled or executed. This room knows tensors and JSON only;
-what they mean is the business of `finegraft.graft`.
+what they mean is the business of `finegraft.grafting`.
 """
 
 from finegraft.store.fingerprints import Fingerprint, check, fingerprint

@@ -1,0 +1,104 @@
+"""Measuring contenders side by side: step times in turns, and bytes kept for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from contenders import PEFT_LORA, TWIN, Contender, Training, starter
+from finegraft.testing.memory import floor_bytes, held_bytes, saved_bytes
+from shapes import Shape
+
+Clock = Callable[[], float]
+
+WARM_UP = 2
+
+
+@dataclass
+class Step:
+    """One row of the step table.
+
+    Attributes:
+        contender: its name.
+        trained: how many numbers train.
+        milliseconds: median time of a step.
+        ratio: median over rounds of its time by that of PEFT LoRA in the same round.
+        ratios: all of them, ascending.
+        memory: peak bytes over the weights, 0 where not measured.
+    """
+
+    contender: str
+    trained: int
+    milliseconds: float
+    ratio: float
+    ratios: list[float]
+    memory: int = 0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One row of the table of bytes kept: in bytes, and relative to the floor."""
+
+    contender: str
+    saved: int
+    held: int
+    ratio: float
+    held_ratio: float
+
+
+def take_turns(contenders: Sequence[Contender], shape: Shape, *, rounds: int, clock: Clock) -> list[Step]:
+    """Time whole steps, interleaved; a twin of PEFT LoRA shows what the run can resolve.
+
+    Raises:
+        ValueError: contenders that should train equally many numbers do not.
+    """
+    start = starter(shape)
+    trainings = {c.name: start(c) for c in contenders}
+    _insist_on_equal_terms(contenders, trainings)
+    trainings[TWIN.name] = start(TWIN)
+    names = list(trainings)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(WARM_UP + rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds = _timed(trainings[name], clock)
+            if turn >= WARM_UP:
+                times[name].append(seconds)
+    return [_row(name, trainings[name].trained, times) for name in names]
+
+
+def _timed(training: Training, clock: Clock) -> float:
+    began = clock()
+    training.step()
+    return clock() - began
+
+
+def _row(name: str, trained: int, times: dict[str, list[float]]) -> Step:
+    ratios = sorted(mine / peft for mine, peft in zip(times[name], times[PEFT_LORA.name], strict=True))
+    return Step(name, trained, 1000 * median(times[name]), median(ratios), ratios)
+
+
+def _insist_on_equal_terms(contenders: Sequence[Contender], trainings: dict[str, Training]) -> None:
+    for contender in contenders:
+        other = trainings.get(contender.same_as or "")
+        if other is not None and other.trained != trainings[contender.name].trained:
+            raise ValueError(
+                f"{contender.name} trains {trainings[contender.name].trained:,} numbers, {contender.same_as} "
+                f"{other.trained:,}: they do not adapt the same layers, so their times do not compare"
+            )
+
+
+def kept_for_backward(contenders: Sequence[Contender], shape: Shape) -> list[Kept]:
+    """Bytes that the forward pass of each contender keeps, relative to the floor of the untouched base."""
+    base, batch = shape.build().train(), shape.batch()
+    floor = floor_bytes(base, lambda: base(**batch).loss).total
+    start = starter(shape)
+    rows = [Kept("the floor", floor, floor, 1.0, 1.0)]
+    for contender in contenders:
+        training = start(contender)
+        training.step()
+        saved = saved_bytes(training.model, training.loss).total
+        held = held_bytes(training.model, training.loss).total
+        rows.append(Kept(contender.name, saved, held, saved / floor, held / floor))
+    return rows

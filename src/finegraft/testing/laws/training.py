@@ -1,0 +1,178 @@
+"""Training a graft."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from finegraft.grafting.graft import Graft
+from finegraft.select.units import Units
+from finegraft.testing.bases import leading
+from finegraft.testing.bits import stored
+from finegraft.testing.case import Case, Trial, all_close, identical, probe
+from finegraft.testing.laws.agreement import SINGLE
+from finegraft.testing.laws.law import law, law_where
+
+STEPS, RATE = 12, 3e-3
+
+
+@law
+def gradients_reach_trained_tensors_and_nothing_else(case: Case) -> None:
+    """After backward every trained tensor has a gradient that is not zero, and no other tensor of the model has one."""
+    trial = case.trained()
+    trial.model.train()
+    y = leading(trial.model(**trial.batch))
+    (y * probe(y)).sum().backward()
+    own = {id(p) for p in trial.graft.parameters()}
+    for name, parameter in trial.graft.named_parameters():
+        assert parameter.grad is not None, f"{name} gets no gradient"
+        assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"
+    assert any(p.grad.any() for p in trial.graft.parameters()), "all gradients are zero"
+    for name, parameter in trial.model.named_parameters():
+        assert id(parameter) in own or (parameter.grad is None and not parameter.requires_grad), f"{name} trains"
+
+
+@law
+def training_lowers_the_loss(case: Case) -> None:
+    """A few steps of AdamW towards what other values of the trained tensors give lower the distance to it."""
+    trial = case.start()
+    losses = _train(trial, STEPS, case.trained().output())
+    assert min(losses[1:]) < losses[0], f"losses {losses}"
+
+
+def _train(trial: Trial, steps: int, target: Tensor, *, rate: float = RATE, weight_decay: float = 0.0) -> list[float]:
+    optimizer = torch.optim.AdamW(trial.graft.parameter_groups(lr=rate), lr=rate)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay
+    losses = []
+    for _ in range(steps + 1):
+        optimizer.zero_grad()
+        loss = (leading(trial.model(**trial.batch)) - target).square().mean()
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+@law
+def new_values_are_seen_however_they_are_set(case: Case) -> None:
+    """Forward runs on the trained tensors as they are, whether set in place, through ``.data`` or by new data."""
+    trial, expected = case.start(), case.start()
+    for change, shift in ((_in_place, -0.6), (_through_data, 1.2), (_by_new_data, -2.4)):
+        before = trial.output()
+        with torch.no_grad():
+            change(trial.graft, shift)
+        now = trial.output()
+        assert not torch.equal(now, before), f"values changed {change.__name__.strip('_')} are not seen"
+        with expected.graft.disabled():
+            expected.graft.load_state(trial.graft.state())
+        identical(now, expected.output(), f"outputs after a change {change.__name__.strip('_')}")
+
+
+def _in_place(graft: Graft, shift: float) -> None:
+    for parameter, noise in _noises(graft, shift):
+        parameter.add_(noise)
+
+
+def _through_data(graft: Graft, shift: float) -> None:
+    for parameter, noise in _noises(graft, shift):
+        parameter.data.add_(noise)
+
+
+def _by_new_data(graft: Graft, shift: float) -> None:
+    for parameter, noise in _noises(graft, shift):
+        parameter.data = parameter.data + noise
+
+
+def _noises(graft: Graft, shift: float) -> list[tuple[torch.nn.Parameter, Tensor]]:
+    """Noise about a shift that is large against the start, so that thresholds are crossed."""
+    rng = torch.Generator().manual_seed(1)
+    return [(p, 0.3 * torch.randn(p.shape, generator=rng).to(p) + shift) for p in graft.parameters()]
+
+
+@law
+def gradients_accumulate(case: Case) -> None:
+    """Gradients of two parts of a batch, one after the other, add up to those of the batch."""
+    trial = case.trained()
+    weights = probe(trial.output())
+    samples = len(weights)
+
+    def accumulate(parts: list[slice]) -> dict[str, Tensor]:
+        trial.model.zero_grad(set_to_none=True)
+        for part in parts:
+            y = leading(trial.model(**{n: v[part] if isinstance(v, Tensor) else v for n, v in trial.batch.items()}))
+            (y * weights[part]).sum().backward()
+        return {name: p.grad.clone() for name, p in trial.graft.named_parameters()}
+
+    all_close(accumulate([slice(0, 1), slice(1, samples)]), accumulate([slice(0, samples)]), SINGLE)
+
+
+@law_where(lambda case: any(delta.needs_selection for delta in case.kinds))
+def exactly_the_chosen_entries_differ(case: Case) -> None:
+    """A kind that trains a selection changes these entries of the stored weights, all of them, and no other number."""
+    trial = case.start()
+    before = stored(case.base.build()[0])
+    _train(trial, 3, probe(trial.output()), rate=0.1, weight_decay=0.1)
+    _assert_within(trial, before, every=False)
+    with torch.no_grad():
+        _in_place(trial.graft, 0.5)
+    trial.output()
+    _assert_within(trial, before, every=True)
+
+
+def _assert_within(trial: Trial, before: dict[str, Tensor], *, every: bool) -> None:
+    """Stored numbers differ nowhere but at chosen entries; at ``every`` one of them if so asked."""
+    base = trial.case.base.build()[0]
+    parameters, now = dict(base.named_parameters()), dict(trial.model.named_parameters())
+    allowed = {id(now[n]): (n, torch.zeros_like(parameters[n], dtype=torch.bool)) for n in parameters}
+    for placement in trial.graft.placements:
+        site = placement.site
+        _, mask = allowed[id(site.module._parameters[site.tensor])]
+        for slot in placement.slots:
+            if slot.delta.needs_selection:
+                chosen = _chosen(Units(slot.delta.unit, slot.index), tuple(site.weight.shape))
+                mask |= site.op.restore(chosen, site.shape)
+    for name, mask in allowed.values():
+        differs = parameters[name] != now[name]
+        assert not (differs & ~mask).any(), (
+            f"{name}: {int((differs & ~mask).sum())} numbers changed that were not chosen"
+        )
+        assert not every or torch.equal(differs, mask), (
+            f"{name}: {int((mask & ~differs).sum())} chosen numbers did not change"
+        )
+
+
+def _chosen(units: Units, shape: tuple[int, ...]) -> Tensor:
+    """Marks of chosen units, found one by one."""
+    marks = torch.zeros(shape, dtype=torch.bool)
+    rows = marks.view(-1, shape[-1])
+    for i in units.index.tolist():
+        if units.unit == "entry":
+            rows[i // shape[-1], i % shape[-1]] = True
+        elif units.unit == "row":
+            rows[i] = True
+        else:
+            rows[:, i] = True
+    return marks
+
+
+@law_where(lambda case: case.heads_stay and all(delta.in_place for delta in case.kinds))
+def weight_decay_pulls_towards_the_base(case: Case) -> None:
+    """For kinds that train inside the base's tensors, decay shrinks the change and not the weight."""
+    trial = case.trained()
+    base, _ = case.base.build()
+    before = {n: p.detach() for n, p in base.named_parameters()}
+
+    def gap() -> float:
+        trial.output()
+        now = dict(trial.model.named_parameters())
+        return sum(float((now[n].detach() - p).square().sum()) for n, p in before.items())
+
+    start = gap()
+    optimizer = torch.optim.SGD(trial.graft.parameters(), lr=0.5, weight_decay=1.0)
+    for parameter in trial.graft.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert abs(gap() - start / 4) <= 1e-4 * start, (
+        f"squared distance to the base {start:.6g} became {gap():.6g}, not a quarter"
+    )
