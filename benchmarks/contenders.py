@@ -10,7 +10,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from finegraft.grafting import graft
+import finegraft as fg
 from shapes import Batch, Shape
 
 
@@ -39,7 +39,7 @@ class Contender:
         elif self.library == "peft":
             model = _with_peft(base, shape, **self.settings)
         else:
-            graft(base, self.method, **self.settings)
+            fg.graft(base, self.method, **self.settings)
             model = base
         return model.train()
 

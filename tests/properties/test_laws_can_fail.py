@@ -18,7 +18,7 @@ from finegraft.errors import FinegraftError, NotMergeable
 from finegraft.grafting import attachment, stack, writing
 from finegraft.grafting.chain import Chain
 from finegraft.grafting.graft import Graft
-from finegraft.grafting.layers import ScaledLayer
+from finegraft.grafting.layers import ScaledLayer, stacked
 from finegraft.grafting.splitting import Split
 from finegraft.grafting.stack import Stack
 from finegraft.locate import low_rank_linear
@@ -102,13 +102,7 @@ def another_mask_in_backward(patch):
 
 @fault("scale_zero_is_the_base")
 def scale_is_ignored(patch):
-    patch.setattr(ScaledLayer, "__call__", lambda self, x: stack_of_slots(self)(x))
-
-
-def stack_of_slots(layer):
-    from finegraft.grafting.layers import stacked
-
-    return stacked(layer._slots, layer._below)
+    patch.setattr(ScaledLayer, "__call__", lambda self, x: stacked(self._slots, self._below)(x))
 
 
 @fault("scale_is_linear_in_the_weight")

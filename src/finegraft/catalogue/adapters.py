@@ -13,7 +13,7 @@ method(
         {"where": {"role": ["attn", "ffn"]}, "what": {"kind": "bottleneck", "init": "houlsby", "activation": "gelu"}},
         {"where": {"type": "norm", "role": "!head?"}, "what": {"kind": "full"}},
     ],
-    train={"lr": 1e-3},
+    train={"lr": 2e-3},
 )
 method(
     "pfeiffer",
@@ -21,7 +21,7 @@ method(
     2021,
     "https://arxiv.org/abs/2005.00247",
     parts=[{"where": {"role": "ffn"}, "what": {"kind": "bottleneck", "init": "bert", "width": 24}}],
-    train={"lr": 1e-3},
+    train={"lr": 2e-3},
     note="On the sublayer's output before the residual, in post-norm models too.",
 )
 method(
@@ -41,7 +41,7 @@ method(
         {"where": {"role": "attention"}, "what": {"kind": "prefix", "length": 16}},
         {"where": {"role": "ffn"}, "what": {**_PARALLEL, "width": 32}},
     ],
-    train={"lr": 1e-3},
+    train={"lr": 2e-3},
     note="Smaller than the paper's (prefix 30, width 512), and with prefix tables that train directly.",
 )
 method(
@@ -50,6 +50,6 @@ method(
     2021,
     "https://arxiv.org/abs/2101.00190",
     parts=[{"where": {"role": "attention"}, "what": {"kind": "prefix", "length": 20}}],
-    train={"lr": 1e-2},
+    train={"lr": 0.03},
     note="The tables train directly, without the paper's perceptron.",
 )

@@ -78,5 +78,5 @@ method(
             "what": {"kind": "low-rank", "rank": 1, "alpha": 1.0, "offset": True},
         }
     ],
-    train={"lr": 2e-3},
+    train={"lr": 6e-3},
 )

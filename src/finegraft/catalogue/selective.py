@@ -37,7 +37,7 @@ method(
     2024,
     "https://arxiv.org/abs/2412.06289",
     parts=_sparse("column", "random", {"role": ["o?", "down"], "type": ["linear?", "tensor?"]}, density=0.03),
-    train={"lr": 1e-3},
+    train={"lr": 3e-3},
     note="Input columns of the attention output and of the FFN's down matrix, in the base's own order.",
 )
 method(
@@ -46,7 +46,7 @@ method(
     2025,
     "https://arxiv.org/abs/2506.00772",
     parts=_sparse("entry", "low-rank-magnitude", density=0.012),
-    train={"lr": 5e-4},
+    train={"lr": 2e-3},
     note="Chosen once, before training; the paper chooses again every few hundred steps.",
 )
 method(
@@ -55,7 +55,7 @@ method(
     2024,
     "https://arxiv.org/abs/2406.13175",
     parts=_sparse("entry", "magnitude", density=0.01),
-    train={"lr": 5e-4},
+    train={"lr": 2e-3},
 )
 method(
     "gradient-sparse",
@@ -63,6 +63,6 @@ method(
     2024,
     "https://arxiv.org/abs/2406.13175",
     parts=_sparse("entry", "gradient", density=0.01),
-    train={"lr": 5e-4},
+    train={"lr": 1.5e-3},
     note="Needs calibration batches.",
 )

@@ -7,7 +7,7 @@ method(
     "How transferable are features in deep neural networks?",
     2014,
     "https://arxiv.org/abs/1411.1792",
-    train={"lr": 1e-2},
+    train={"lr": 0.03},
     note="The classification head alone: the baseline of all others.",
 )
 method(
@@ -21,7 +21,7 @@ method(
             "what": {"kind": "bias"},
         }
     ],
-    train={"lr": 2e-3},
+    train={"lr": 6e-3},
     note="Layers without a bias get one that starts at zero.",
 )
 method(
@@ -30,7 +30,7 @@ method(
     2023,
     "https://arxiv.org/abs/2312.11420",
     parts=[{"where": {"type": "norm", "role": "!head?"}, "what": {"kind": "full"}}],
-    train={"lr": 2e-3},
+    train={"lr": 6e-3},
 )
 method(
     "ia3",
@@ -41,7 +41,7 @@ method(
         {"where": {"role": ["k?", "v?", "qkv?"], "type": "linear"}, "what": {"kind": "scale-shift"}},
         {"where": {"role": "down", "type": ["linear?", "tensor?"]}, "what": {"kind": "scale-shift", "side": "in"}},
     ],
-    train={"lr": 1e-2},
+    train={"lr": 0.03},
     note="Where query, key and value are one layer, all three are scaled.",
 )
 method(
@@ -55,7 +55,7 @@ method(
             "what": {"kind": "scale-shift", "shift": True, "init_std": 0.02},
         }
     ],
-    train={"lr": 2e-3},
+    train={"lr": 6e-3},
     note="As in the paper it does not start as the identity; init_std=0 does.",
 )
 method(
@@ -64,6 +64,6 @@ method(
     2023,
     "https://arxiv.org/abs/2307.15049",
     parts=[{"where": {"role": ["q?", "k?", "v?", "o?", "qkv?"], "type": "linear"}, "what": {"kind": "mask"}}],
-    train={"lr": 2e-4},
+    train={"lr": 6e-4},
     note="The mask alone. The paper's gradient dropout needs a zero-shot teacher, which a new head does not have.",
 )

@@ -150,6 +150,7 @@ class Graft:
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
+        self._require_attached()
         if self.merged and not value:
             raise RecipeError("the graft is merged: call unmerge() before disabling it")
         self._enabled = bool(value)
@@ -162,6 +163,7 @@ class Graft:
 
     @scale.setter
     def scale(self, value: float) -> None:
+        self._require_attached()
         self._scale = float(value)
         self._stack.arrange(self.placements)
 
@@ -188,6 +190,7 @@ class Graft:
 
     def unmerge(self) -> None:
         """Take the changes out of the base's tensors again; the base is as before, bit for bit."""
+        self._require_attached()
         self.merged = False
         self._stack.arrange(self.placements)
 

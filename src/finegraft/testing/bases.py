@@ -58,7 +58,7 @@ class Base:
     @cached_property
     def site(self) -> Site:
         """The site under test, on a model of its own."""
-        (site,) = sites(self.build()[0]).where(**self.where)
+        (site,) = sites(self.build()[0]).where(**(self.where or {}))
         return site
 
     def __repr__(self) -> str:
@@ -91,7 +91,7 @@ def _inside(site: nn.Module, width: int, out: int) -> Built:
     return models.Sandwich(nn.Linear(10, width), site, nn.Linear(out, 9)), _tokens(10)
 
 
-def _conv(site: nn.Module, *size: int) -> Built:
+def _conv(site: Any, *size: int) -> Built:
     conv = nn.Conv1d if len(size) == 1 else nn.Conv2d
     model = models.Sandwich(conv(5, site.in_channels, 1), site, conv(site.out_channels, 8, 1))
     return model, {"x": torch.randn(SAMPLES, 5, *size)}

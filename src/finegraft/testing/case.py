@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -101,13 +101,13 @@ def attach(model: nn.Module, batch: dict[str, Any], recipe: Recipe, seed: int = 
     return graft(model, recipe, seed=seed, calibration=[batch] if "labels" in batch else None)
 
 
-def outputs(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+def outputs(model: Callable[..., Any], batch: dict[str, Any]) -> Tensor:
     """The model's leading output, without gradient."""
     with torch.no_grad():
         return leading(model(**batch))
 
 
-def gradients(run: Callable[..., Any], batch: dict[str, Any], trained: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients(run: Callable[..., Any], batch: dict[str, Any], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of a fixed weighted sum of what ``run(**batch)`` gives, for trained tensors and inputs with fractions.
 
     A tensor that is not reached has no entry.

@@ -29,9 +29,9 @@ _DENSITY = 0.3
 
 def recipe_for(delta: Delta, base: Base) -> Recipe:
     """A recipe of one kind on the site under test of a base; kinds that train a selection get a random one."""
-    part: dict[str, Any] = {"where": dict(base.where), "what": [delta]}
+    part: dict[str, Any] = {"where": dict(base.where or {}), "what": [delta]}
     if delta.needs_selection:
-        part["select"] = {"unit": delta.unit, "score": "random", "density": _DENSITY}
+        part["select"] = {"unit": vars(delta)["unit"], "score": "random", "density": _DENSITY}
     return Recipe.parse({"parts": [part], "heads": "none"})
 
 

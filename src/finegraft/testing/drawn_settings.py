@@ -38,7 +38,7 @@ def settings(kind: type[Delta], site: Site | None = None) -> st.SearchStrategy[D
     fields = {
         name: strategy for name, field in kind.model_fields.items() if (strategy := _field(name, field)) is not None
     }
-    drawn = st.fixed_dictionaries(fields).map(lambda values: _made(kind, values))
+    drawn: st.SearchStrategy[Any] = st.fixed_dictionaries(fields).map(lambda values: _made(kind, values))
     return drawn.filter(lambda delta: delta is not None and (site is None or fits(delta, site)))
 
 
@@ -81,9 +81,9 @@ def _typed(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any] | Non
         return st.booleans()
     low, high, open_low, open_high = _bounds(metadata)
     if annotation is int:
-        least = 0 if low is None else int(low) + open_low
-        most = LARGEST_INT if high is None else min(int(high) - open_high, LARGEST_INT)
-        return st.integers(least, max(least, most))
+        start = 0 if low is None else int(low) + open_low
+        end = LARGEST_INT if high is None else min(int(high) - open_high, LARGEST_INT)
+        return st.integers(start, max(start, end))
     if annotation is float:
         least = 0.0 if low is None else low
         most = LARGEST_FLOAT if high is None else min(high, LARGEST_FLOAT)
@@ -95,7 +95,8 @@ def _typed(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any] | Non
 
 
 def _bounds(metadata: list[Any]) -> tuple[float | None, float | None, bool, bool]:
-    low = high = None
+    low: Any = None
+    high: Any = None
     open_low = open_high = False
     for bound in metadata:
         if isinstance(bound, (Gt, Ge)):

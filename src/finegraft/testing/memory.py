@@ -136,7 +136,7 @@ def _own_storages(model: nn.Module) -> set[int]:
     return {t.untyped_storage()._cdata for group in (model.parameters(), model.buffers()) for t in group}
 
 
-def _input_embeddings(model: nn.Module) -> nn.Module:
+def _input_embeddings(model: Any) -> nn.Module:
     try:
         return model.get_input_embeddings()
     except (AttributeError, NotImplementedError):

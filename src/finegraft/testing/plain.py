@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from finegraft.grafting.graft import Graft
 from finegraft.grafting.slot import Slot
+from finegraft.locate.collection import Sites
 from finegraft.locate.find import sites
 from finegraft.locate.site import Site
 

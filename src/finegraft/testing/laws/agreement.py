@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -105,12 +108,12 @@ def _check_derivative(case: Case, *, training: bool) -> None:
     assert abs(slope - change) <= DERIVATIVE * max(abs(change), 1e-3), f"gradient {slope:.9g}, derivative {change:.9g}"
 
 
-def _is_derivative(trial: Trial, run: object) -> bool:
+def _is_derivative(trial: Trial, run: Callable[..., Any]) -> bool:
     slope, change = _slopes(trial, run)
     return abs(slope - change) <= DERIVATIVE * max(abs(change), 1e-3)
 
 
-def _slopes(trial: Trial, run: object) -> tuple[float, float]:
+def _slopes(trial: Trial, run: Callable[..., Any]) -> tuple[float, float]:
     """The slope along one direction of the trained tensors, by gradients and by differences."""
     own = dict(trial.graft.named_parameters())
     rng = torch.Generator().manual_seed(3)

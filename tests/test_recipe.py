@@ -1,0 +1,172 @@
+"""Recipes: YAML both ways, overrides, and errors that name what is wrong and where."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finegraft.errors import RecipeError
+from finegraft.recipe import Recipe, Train
+from finegraft.registry import kinds, methods
+from finegraft.testing import settings as kind_settings
+
+LOW_RANK = {"where": {"role": "q"}, "what": {"kind": "low-rank"}}
+SPARSE = {"where": {"type": "linear"}, "what": {"kind": "sparse"}, "select": {"unit": "row", "density": 0.1}}
+
+wheres = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.sampled_from(["q", ["q", "v?"], "!head?"]),
+        "layer": st.sampled_from([0, "0-3", "last:2", ["even", 1]]),
+        "name": st.sampled_from(["re:.*proj", "a.*.b"]),
+        "type": st.sampled_from(["linear", ["linear", "conv?"]]),
+    },
+)
+budgets = st.sampled_from([{"density": 0.25}, {"count": 3}])
+
+
+@st.composite
+def parts(draw):
+    delta = draw(st.sampled_from(list(kinds)).flatmap(lambda name: kind_settings(kinds[name])))
+    part = {"where": draw(wheres), "what": [delta]}
+    if delta.needs_selection:
+        part["select"] = {"unit": delta.unit, "score": draw(st.sampled_from(["random", "magnitude"])), **draw(budgets)}
+    elif draw(st.booleans()):
+        part["select"] = {"unit": "module", "density": 0.5}
+    return part
+
+
+recipes = st.builds(
+    lambda own, heads, lr, roles, note: Recipe.parse(
+        {"parts": own, "heads": heads, "train": {"lr": lr}, "roles": roles, "note": note}
+    ),
+    st.lists(parts(), max_size=3),
+    st.sampled_from(["auto", "none", ["*.classifier"]]),
+    st.floats(1e-6, 1.0),
+    st.sampled_from([{}, {"wi_0": "gate"}]),
+    st.text(max_size=20),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(recipes)
+def test_yaml_round_trip(tmp_path_factory, recipe):
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.load(path) == recipe
+    assert Recipe.parse(recipe.data()) == recipe
+
+
+@pytest.mark.parametrize("name", list(methods))
+def test_catalogue_round_trips(name):
+    assert Recipe.parse(methods[name].data()) == methods[name]
+
+
+def test_data_leaves_out_what_is_default():
+    assert Recipe.parse({"parts": [LOW_RANK]}).data() == {
+        "parts": [{"where": {"role": "q"}, "what": [{"kind": "low-rank"}]}]
+    }
+
+
+def test_unit_is_said_once():
+    assert Recipe.parse({"parts": [SPARSE]}).parts[0].what[0].unit == "row"
+
+
+class TestOverride:
+    def test_reaches_kinds_selection_training_and_places(self):
+        recipe = methods["lora"].override(rank=3, lr=0.5, role="q", heads="none")
+        (part,) = recipe.parts
+        assert (part.what[0].rank, recipe.train.lr, part.where.role, recipe.heads) == (3, 0.5, "q", "none")
+        assert methods["lora"].parts[0].what[0].rank == 8
+
+    def test_reaches_every_kind_that_has_the_setting(self):
+        stacked = {"where": {"role": "q"}, "what": [{"kind": "low-rank"}, {"kind": "magnitude"}]}
+        recipe = Recipe.parse({"parts": [LOW_RANK, stacked]}).override(rank=2)
+        assert [delta.rank for part in recipe.parts for delta in part.what if delta.kind == "low-rank"] == [2, 2]
+
+    @pytest.mark.parametrize("budget", [{"density": 0.5}, {"count": 7}])
+    def test_a_budget_replaces_any_other(self, budget):
+        select = Recipe.parse({"parts": [SPARSE]}).override(**budget).parts[0].select
+        assert select.model_dump(include={"density", "count"}, exclude_none=True) == budget
+
+    def test_unknown_setting_suggests_the_nearest(self):
+        with pytest.raises(RecipeError, match=r"method 'lora' has no setting 'ranks'; did you mean 'rank'\?"):
+            methods["lora"].override(ranks=3)
+
+    def test_a_value_of_the_wrong_type_is_an_error(self):
+        with pytest.raises(RecipeError, match=r"(?s)kind 'low-rank'.*rank.*greater than 0.*got 0"):
+            methods["lora"].override(rank=0)
+
+
+BAD = {
+    "not a mapping": ([], "a recipe is a mapping with parts:, not list"),
+    "unknown key": ({"part": []}, "part: unknown key 'part'"),
+    "unknown key within": ({"parts": [{**LOW_RANK, "were": {}}]}, "parts.0.were: unknown key 'were'"),
+    "unknown kind": (
+        {"parts": [{"where": {}, "what": {"kind": "lowrank"}}]},
+        "unknown kind 'lowrank'; did you mean 'low-rank'?",
+    ),
+    "kind missing": ({"parts": [{"where": {}, "what": {"rank": 4}}]}, "what: needs a kind (bias, bottleneck"),
+    "nothing to do": ({"parts": [{"where": {}, "what": []}]}, "parts.0.what: Value should have at least 1 item"),
+    "unknown setting of a kind": (
+        {"parts": [{"where": {}, "what": {"kind": "low-rank", "rnk": 4}}]},
+        "rnk: unknown key 'rnk'",
+    ),
+    "density of zero": (
+        {"parts": [{**SPARSE, "select": {"unit": "row", "density": 0}}]},
+        "parts.0.select.density: Input should be greater than 0 (got 0)",
+    ),
+    "density above one": (
+        {"parts": [{**SPARSE, "select": {"unit": "row", "density": 1.5}}]},
+        "parts.0.select.density: Input should be less than or equal to 1 (got 1.5)",
+    ),
+    "two budgets": (
+        {"parts": [{**SPARSE, "select": {"unit": "row", "density": 0.5, "count": 2}}]},
+        "give exactly one of density, count and like_rank; found density and count",
+    ),
+    "no budget": ({"parts": [{**SPARSE, "select": {"unit": "row"}}]}, "found none of them"),
+    "like_rank of rows": (
+        {"parts": [{**SPARSE, "select": {"unit": "row", "like_rank": 2}}]},
+        "like_rank counts entries; it does not fit unit 'row'",
+    ),
+    "a selection that nothing takes": (
+        {"parts": [{**LOW_RANK, "select": {"unit": "row", "density": 0.5}}]},
+        "select unit 'row' has no use with kind low-rank; use kind 'sparse'",
+    ),
+    "a selection that is missing": (
+        {"parts": [{"where": {}, "what": {"kind": "sparse"}}]},
+        "kind 'sparse' needs select: with unit entry, row or column",
+    ),
+    "two units": (
+        {"parts": [{**SPARSE, "what": {"kind": "sparse", "unit": "column"}}]},
+        "kind 'sparse' says unit 'column', select says 'row'",
+    ),
+    "nothing trains": (
+        {"parts": [{"where": {}, "what": {"kind": "scale-shift", "scale": False}}]},
+        "scale and shift are both off",
+    ),
+    "wrong type": ({"train": {"lr": "fast"}}, "train.lr: Input should be a valid number"),
+    "negative rate": ({"train": {"lr": -1}}, "train.lr: Input should be greater than 0 (got -1)"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_recipe_is_an_error_that_says_where(what):
+    data, words = BAD[what]
+    with pytest.raises(RecipeError) as error:
+        Recipe.parse(data)
+    assert words in str(error.value)
+
+
+def test_a_file_that_is_no_yaml_or_not_there(tmp_path):
+    with pytest.raises(RecipeError, match=r"cannot read a recipe from .*absent\.yaml"):
+        Recipe.load(tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("parts: [")
+    with pytest.raises(RecipeError, match=r"cannot read a recipe from .*broken\.yaml"):
+        Recipe.load(tmp_path / "broken.yaml")
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Train().lr = 1.0
