@@ -167,3 +167,28 @@ def test_help_is_quick_because_torch_is_not_imported() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, done.stderr
     assert "tune" in done.stdout
+
+
+def test_predict_leaves_its_output_alone_until_it_is_whole(workplace: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("earlier")
+    assert finegraft("predict", "nowhere", "-o", out, given="a film\n").exit_code == 2
+    assert finegraft("predict", workplace / "run", out, "-o", out).exit_code == 2
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("out.jsonl", "earlier")]
+
+
+def test_eval_names_a_missing_label_column(workplace: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare.csv").write_text("text\na film\n")
+    outcome = finegraft("eval", workplace / "run", tmp_path / "bare.csv")
+    assert outcome.exit_code == 2
+    assert "has no column 'label'" in outcome.stderr
+
+
+def test_tune_does_not_write_over_its_configuration(workplace: Path, tmp_path: Path) -> None:
+    config = (workplace / "run.yaml").read_text().replace(str(workplace / "run"), str(tmp_path))
+    (tmp_path / "config.yaml").write_text(config)
+    assert "in use" in finegraft("tune", tmp_path / "config.yaml", "--overwrite").stderr
+    made = workplace / "run" / "config.yaml"
+    before = made.read_text()
+    assert "would write over its configuration" in finegraft("tune", made, "--overwrite").stderr
+    assert ((tmp_path / "config.yaml").read_text(), made.read_text()) == (config, before)

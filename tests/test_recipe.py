@@ -147,6 +147,26 @@ BAD = {
         "scale and shift are both off",
     ),
     "wrong type": ({"train": {"lr": "fast"}}, "train.lr: Input should be a valid number"),
+    "a kind that is no name": (
+        {"parts": [{**SPARSE, "what": {"kind": []}}]},
+        "parts.0.what.0: what: needs a kind (bias, bottleneck",
+    ),
+    "a kind that is a mapping": ({"parts": [{**LOW_RANK, "what": {"kind": {}}}]}, "needs a kind"),
+    "no kind": ({"parts": [{**LOW_RANK, "what": None}]}, "needs a kind"),
+    "a number for a kind": ({"parts": [{**LOW_RANK, "what": 5}]}, "needs a kind"),
+    "a key that is no text": ({"parts": [{**LOW_RANK, "what": {"kind": "low-rank", 5: 1}}]}, "Keys should be strings"),
+    "a top key that is no text": ({5: 1}, "Keys should be strings"),
+    "rank of true": ({"parts": [{**LOW_RANK, "what": {"kind": "low-rank", "rank": True}}]}, "rank takes a number, not"),
+    "layer of true": ({"parts": [{**LOW_RANK, "where": {"layer": [0, True]}}]}, "layer takes a number, not [0, True]"),
+    "density of true": ({"parts": [{**SPARSE, "select": {"unit": "row", "density": True}}]}, "density takes a number"),
+    "a ratio of true": ({"train": {"lr_ratios": {"b": True}}}, "lr_ratios takes a number"),
+    "an infinite rate": ({"train": {"lr": float("inf")}}, "train.lr: Input should be a finite number (got inf)"),
+    "a moment of one": ({"train": {"betas": [0.9, 1.0]}}, "train.betas.1: Input should be less than 1 (got 1.0)"),
+    "an endless number": ({"train": {"lr": 10**5000}}, "train.lr: "),
+    "unknown optimizer": (
+        {"train": {"optimizer": "adamwx"}},
+        "train: unknown optimizer 'adamwx'; did you mean 'adamw'?",
+    ),
     "negative rate": ({"train": {"lr": -1}}, "train.lr: Input should be greater than 0 (got -1)"),
 }
 
@@ -165,6 +185,37 @@ def test_a_file_that_is_no_yaml_or_not_there(tmp_path):
     (tmp_path / "broken.yaml").write_text("parts: [")
     with pytest.raises(RecipeError, match=r"cannot read a recipe from .*broken\.yaml"):
         Recipe.load(tmp_path / "broken.yaml")
+
+
+def test_files_that_cannot_be_read_are_errors(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for content, words in (
+        (b"name: \xff", "can't decode byte 0xff"),
+        (b"name: 2024-13-45", "month must be in 1..12"),
+        (b"rank: " + b"9" * 5000, "digits"),
+        (b"[" * 20_000, "recursion"),
+        (b"name: a\ntrain:\n  lr: 0.1\n  lr: 0.2\n", "line 4: 'lr' is given twice"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(RecipeError) as error:
+            Recipe.load(path)
+        assert "cannot read a recipe from" in str(error.value)
+        assert words in str(error.value)
+
+
+def test_yaml_that_merges_mappings_gives_no_key_twice(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("train:\n  <<: {lr: 0.5, clip: 2.0}\n  lr: 0.25\n")
+    assert (Recipe.load(path).train.lr, Recipe.load(path).train.clip) == (0.25, 2.0)
+
+
+def test_a_kind_by_its_name_alone():
+    assert Recipe.parse({"parts": [{**LOW_RANK, "what": "low-rank"}]}) == Recipe.parse({"parts": [LOW_RANK]})
+    assert Recipe.parse({"parts": [{**SPARSE, "what": ["sparse"]}]}).parts[0].what[0].unit == "row"
+
+
+def test_an_optimizer_of_torch():
+    assert Recipe.parse({"train": {"optimizer": "sgd"}}).train.optimizer == "sgd"
 
 
 def test_recipes_are_frozen():

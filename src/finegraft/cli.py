@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -83,7 +85,7 @@ def tune(
     from finegraft.run.result import summary_table
     from finegraft.run.tune import tune as run
 
-    result = run(settled, resume=resume, overwrite=overwrite, tell=_say)
+    result = run(settled, resume=resume, overwrite=overwrite, source=config, tell=_say)
     Console().print(summary_table(result.metrics))
     print(f"{result.out}: graft, metrics.json, recipe.yaml, config.yaml, report.html")
 
@@ -117,9 +119,11 @@ def predict(
     from finegraft.run.predict import predict as run
 
     bad = []
+    if out is not None and out.exists() and source != "-" and Path(source).exists() and out.samefile(source):
+        raise DataError(f"{out} is both the input and the output; give another --out")
     with ExitStack() as open_files:
         lines = sys.stdin if source == "-" else open_files.enter_context(_opened(source, "r"))
-        target = sys.stdout if out is None else open_files.enter_context(_opened(out, "w"))
+        target = sys.stdout if out is None else open_files.enter_context(_written_whole(out))
         for answer in run(
             graft,
             lines,
@@ -141,6 +145,22 @@ def _opened(path: str | Path, mode: str) -> IO[str]:
         return open(path, mode, encoding="utf-8", errors="surrogateescape" if mode == "r" else "strict")
     except OSError as error:
         raise DataError(f"cannot open {path}: {error.strerror}") from error
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[IO[str]]:
+    """A file to write to that takes the name ``path`` when the block ends, and vanishes if it fails."""
+    path = path.resolve()  # so that a link stays, and its target is replaced
+    is_device = path.exists() and not path.is_file()
+    partial = path if is_device else path.with_name(f".{path.name}.partial")
+    try:
+        with _opened(partial, "w") as file:
+            yield file
+        if not is_device:
+            os.replace(partial, path)
+    finally:
+        if not is_device:
+            partial.unlink(missing_ok=True)
 
 
 @_methods.callback(invoke_without_command=True)

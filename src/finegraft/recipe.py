@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -16,6 +17,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -24,13 +26,32 @@ from finegraft.registry import kinds, nearest
 
 Unit = Literal["entry", "row", "column", "module"]
 Density = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Names = str | list[str]
 
 
 class Spec(BaseModel):
-    """A frozen, strict piece of a recipe: unknown keys and wrong types are errors."""
+    """A frozen, strict piece of a recipe: unknown keys and wrong types are errors, as are infinite numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, data: Any) -> Any:
+        for name, value in data.items() if isinstance(data, dict) else ():
+            types = _types(cls.model_fields[name].annotation) if name in cls.model_fields else set()
+            if types & {int, float} and bool not in types and _holds_bool(value):
+                raise ValueError(f"{name} takes a number, not {value!r}")
+        return data
+
+
+def _types(annotation: Any) -> set[Any]:
+    return {annotation}.union(*map(_types, get_args(annotation))) if get_args(annotation) else {annotation}
+
+
+def _holds_bool(value: Any) -> bool:
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(item, bool) for item in values)
 
 
 class Where(Spec):
@@ -83,15 +104,20 @@ class Select(Spec):
 
 
 def _kind(value: Any) -> Any:
-    if not isinstance(value, dict):
+    if hasattr(value, "needs_selection"):
         return value
-    if "kind" not in value:
+    value = _spelled_out(value)
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
         raise ValueError(f"what: needs a kind ({', '.join(kinds)})")
     settings = {k: v for k, v in value.items() if k != "kind"}
     try:
-        return kinds[value["kind"]](**settings)
+        return kinds[value["kind"]].model_validate(settings)
     except ValidationError as error:
         raise ValueError(explain(error, f"kind {value['kind']!r}")) from None
+
+
+def _spelled_out(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
 
 
 def _kind_data(delta: Any) -> dict[str, Any]:
@@ -105,12 +131,18 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
+def _trains_units(what: Any) -> bool:
+    name = what.get("kind") if isinstance(what, dict) else None
+    return isinstance(name, str) and name in kinds and kinds[name].needs_selection
+
+
 class Part(Spec):
     """One where x what of a recipe.
 
     Attributes:
         where: the sites.
-        what: one kind of change, or several that act one upon the other, innermost first.
+        what: one kind of change, or several that act one upon the other, innermost first; the name alone will do for
+            a kind with its default settings.
         select: which parts of each site train, for kinds that train a selection.
     """
 
@@ -126,12 +158,7 @@ class Part(Spec):
         unit = select.get("unit") if isinstance(select, dict) else getattr(select, "unit", None)
         if unit in (None, "module") or "what" not in data:
             return data
-        what = [
-            {"unit": unit, **w}
-            if isinstance(w, dict) and w.get("kind") in kinds and kinds[w["kind"]].needs_selection
-            else w
-            for w in _as_list(data["what"])
-        ]
+        what = [{"unit": unit, **w} if _trains_units(w) else w for w in map(_spelled_out, _as_list(data["what"]))]
         return {**data, "what": what}
 
     @model_validator(mode="after")
@@ -165,9 +192,9 @@ class Train(Spec):
 
     lr: PositiveFloat = 1e-3
     optimizer: str = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.06
+    warmup: Share = 0.06
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     lr_ratios: dict[str, PositiveFloat] = Field(default_factory=dict)
     head_lr: PositiveFloat | None = None
@@ -203,6 +230,15 @@ class Recipe(Spec):
     source: Source | None = None
     note: str = ""
 
+    @field_validator("train")
+    @classmethod
+    def _optimizer_exists(cls, train: Train) -> Train:
+        if train.optimizer != Train().optimizer:
+            known = _optimizers()
+            if train.optimizer not in known:
+                raise ValueError(f"unknown optimizer {train.optimizer!r}; {nearest(train.optimizer, known)}")
+        return train
+
     @classmethod
     def parse(cls, data: Any) -> Recipe:
         """A recipe from plain data; every problem is reported with its place in the data.
@@ -221,11 +257,16 @@ class Recipe(Spec):
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe from a YAML file."""
+        """Read a recipe from a YAML file.
+
+        Raises:
+            RecipeError: no such file, not YAML in UTF-8, a key given twice, or no valid recipe.
+        """
         try:
-            return cls.parse(yaml.safe_load(Path(path).read_text()))
-        except (OSError, yaml.YAMLError) as error:
+            data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_DistinctKeys)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise RecipeError(f"cannot read a recipe from {path}: {error}") from None
+        return cls.parse(data)
 
     def data(self) -> dict[str, Any]:
         """Plain data that :meth:`parse` turns back into an equal recipe."""
@@ -249,6 +290,28 @@ class Recipe(Spec):
                 known = sorted(_settings(self))
                 raise RecipeError(f"method {self.name!r} has no setting {name!r}; {nearest(name, known)}")
         return Recipe.parse(data)
+
+
+class _DistinctKeys(yaml.SafeLoader):
+    """YAML in which no mapping has a key twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.composer.ComposerError(problem=f"line {line}: {key.value!r} is given twice")
+                seen.add((key.tag, key.value))
+        return node
+
+
+def _optimizers() -> list[str]:
+    """Names of the optimizers of torch, which is imported only where one has to be looked up."""
+    torch = importlib.import_module("torch")
+    found = (value for value in vars(torch.optim).values() if isinstance(value, type))
+    return sorted(v.__name__.lower() for v in found if issubclass(v, torch.optim.Optimizer))
 
 
 _BUDGETS = ("density", "count", "like_rank")
@@ -282,6 +345,14 @@ def _override(data: dict[str, Any], name: str, value: Any, recipe: Recipe) -> bo
     return reached
 
 
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no whole number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) < 200 else f"{text[:200]}..."
+
+
 def explain(error: ValidationError, what: str) -> str:
     """Pydantic's findings as one readable message: a line for each, with its place."""
     lines = []
@@ -291,7 +362,9 @@ def explain(error: ValidationError, what: str) -> str:
         if finding["type"] == "extra_forbidden":
             message = f"unknown key {finding['loc'][-1]!r}"
         shown = (
-            "" if finding["type"] in ("value_error", "extra_forbidden", "missing") else f" (got {finding['input']!r})"
+            ""
+            if finding["type"] in ("value_error", "extra_forbidden", "missing")
+            else f" (got {_shown(finding['input'])})"
         )
         lines.append(f"{place}: {message}{shown}")
     return f"{what} is not valid:\n  " + "\n  ".join(lines)

@@ -151,3 +151,26 @@ def test_a_limit_keeps_rows_from_everywhere():
     rows = datasets.Dataset.from_dict({"label": [0] * 50 + [1] * 50})
     assert at_most(rows, 10)["label"][:] == [0] * 5 + [1] * 5
     assert at_most(rows, None) is rows and at_most(rows, 100) is rows
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label,text\na,1,b\n")
+    with pytest.raises(DataError, match="has the column 'text' more than once"):
+        read_table(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.csv", b"text,label\ncaf\xe9,1\n"),
+        ("b.csv", b"caf\xe9,label\na,1\n"),
+        ("a.tsv", b"text\tlabel\ncaf\xe9\t1\n"),
+        ("a.txt", b"caf\xe9\n"),
+        ("a.json", b'[{"text": "caf\xe9"}]'),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n'),
+    ],
+)
+def test_another_encoding_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name} is not UTF-8"):
+        read_table(tmp_path / name)

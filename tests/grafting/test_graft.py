@@ -50,6 +50,7 @@ class TestReports:
         assert repr(made) == "Graft('custom', 1 sites, 28 trained, enabled)"
         made.enabled = False
         assert repr(made).endswith("disabled)")
+        made.enabled = True
         made.merge()
         assert repr(made).endswith("merged)")
 

@@ -45,7 +45,8 @@ class TestFits:
             (["!0", "!last:2"], [1, 2, 3]),
             (["0-3", "!odd"], [0, 2]),
             ([1, "9?"], [1]),
-            ("last:9", [0, 1, 2, 3, 4, 5]),
+            ("last:6", [0, 1, 2, 3, 4, 5]),
+            ("last:9?", [0, 1, 2, 3, 4, 5]),
         ],
     )
     def test_layers(self, layer, expected):
@@ -119,6 +120,9 @@ class TestErrors:
                 {"layer": "top"},
                 "layer 'top' is not understood; give an index such as 3, a range such as '0-3'",
             ),
+            ({"layer": "last:99"}, "layer 'last:99' asks for 99 blocks; the deepest stack has 2. Give 'last:2'"),
+            ({"layer": "9" * 5000}, f"layer '{'9' * 60}...' is not understood"),
+            ({"layer": 10**5000}, "layer is a number of thousands of digits"),
             ({"layer": "3-1"}, "layer '3-1' runs backwards; give '1-3'"),
             ({"layer": -1}, "layer '-1' is not understood"),
             ({"name": ["*query", "*qery"]}, "name '*qery' fits no site; names like it: "),

@@ -120,11 +120,12 @@ def merges_too_much(patch):
 
 @fault("unmerging_restores_every_bit")
 def keeps_rounded_originals(patch):
-    true = writing._keep
-    rounded = lambda chain, tensor, units, before, number: true(  # noqa: E731
-        chain, tensor, units, before.to(torch.float16).to(before.dtype), number
-    )
-    patch.setattr(writing, "_keep", rounded)
+    true = Chain.register_buffer
+
+    def register(self, name, tensor, persistent=True):
+        true(self, name, tensor.to(torch.float16).to(tensor.dtype), persistent)
+
+    patch.setattr(Chain, "register_buffer", register)
 
 
 @fault("detaching_restores_every_bit")

@@ -97,7 +97,7 @@ def test_overrides_are_typed_and_the_last_one_wins(tmp_path: Path) -> None:
         ("train.epochs", "give a key and a value"),
         ("=3", "give a key and a value"),
         ("seed.one=3", "seed is 4, which has no settings"),
-        ("seed=[", "the value is not YAML"),
+        ("seed=[", "cannot read the value of --set seed: line 1: "),
     ],
 )
 def test_overrides_that_are_wrong_are_named(tmp_path: Path, override: str, expected: str) -> None:
@@ -143,3 +143,36 @@ def test_the_schema_describes_every_setting() -> None:
     settings = schema["$defs"]["TrainSettings"]["properties"]
     assert {"epochs", "steps", "lr", "precision"} <= settings.keys()
     assert all(entry.get("description") for entry in settings.values())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("method: lora", "method: &a {name: lora, more: *a}", "run.yaml, line 6: the value of method.more contains it"),
+        ("method: lora", "method: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("seed: 4", "? [a]\n: 4", r"run.yaml, line 10: a key has to be a text, not a list"),
+        ("seed: 4", "1: 4", r"run.yaml, line 10: a key has to be a text, not '1'"),
+        ("seed: 4", "seed: !mine 4", r"run.yaml: line 10: could not determine a constructor for the tag '!mine'$"),
+        ("seed: 4", "seed: 2024-13-45", r"run.yaml, line 10: '2024-13-45' is no value: month must be in 1\.\.12"),
+        ("seed: 4", "seed: " + "1" * 5000, "run.yaml, line 10: '1{40}' is no value"),
+        ("seed: 4", "seed: 4294967296", "line 10: seed: .*less than 4294967296"),
+        ("out: runs/one", 'out: "a\\0b"', "line 11: out: .* has a NUL character in it"),
+        ("epochs: 2", "epochs: .inf", r"line 8: train.epochs: Input should be a finite number"),
+        ("lr: 1e-3", "lr: .nan", r"line 9: train.lr: Input should be"),
+        ("epochs: 2", "batch_size: true", r"line 8: train.batch_size: true is neither a number nor a text"),
+        ("method: lora", "method: {name: lora, lr: .inf}", "line 6: method: every number has to be finite"),
+        ("text: sentence", "text: label", "line 2: task: text and label are the same column 'label'"),
+    ],
+)
+def test_what_yaml_cannot_mean_is_one_message_with_its_line(
+    tmp_path: Path, before: str, after: str, expected: str
+) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        load_config(written(tmp_path, GOOD.replace(before, after)))
+
+
+@pytest.mark.parametrize("value", ["2024-13-45", "&a [*a]", "!mine 4", "{1: 2}", "1" * 5000])
+def test_overrides_that_yaml_cannot_mean_are_one_message(tmp_path: Path, value: str) -> None:
+    with pytest.raises(RecipeError, match="the value of --set seed") as refused:
+        load_config(written(tmp_path), [f"seed={value}"])
+    assert "\n" not in str(refused.value)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from finegraft.errors import StoreError
+from finegraft.errors import StoreError, TrainingError
 from finegraft.run import predict as predict_module
 from finegraft.run.predict import predict
 from finegraft.run.trained import load_trained
@@ -147,3 +147,12 @@ def test_a_graft_without_a_task_is_refused(classifier: Path, tmp_path: Path) -> 
 def test_answers_are_plain_data(classifier: Path) -> None:
     (answer,) = predict(classifier, ["a film"])
     assert json.loads(json.dumps(answer)) == answer
+
+
+def test_running_out_of_memory_says_what_to_lower(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(predict_module, "answers", full)
+    with pytest.raises(TrainingError, match=r"lower --batch-size \(now 3\)"):
+        next(predict(classifier, ["a film"], batch_size=3))

@@ -198,6 +198,12 @@ def test_a_failing_replacement_leaves_the_earlier_run(configure: Configure, tmp_
         tune(configure(method="lorra"), overwrite=True)
     with pytest.raises(DataError):
         tune(configure(task={"kind": "classification", "label": "klass"}), overwrite=True)
+    for train in ({"report_to": ["nonsense"]}, {"epochs": float("inf")}):
+        with pytest.raises(RecipeError):
+            tune(configure(train=train), overwrite=True)
+    for method in ({"optimizer": "lbfgs"}, {"betas": [2, 2]}, {"optimizer": "muon", "heads": "auto"}):
+        with pytest.raises(RecipeError, match="optimizer|betas"):
+            tune(configure(method={"name": "lora", **method}), overwrite=True)
     assert names(tmp_path / "run") == FINISHED
 
 

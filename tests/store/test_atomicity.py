@@ -254,6 +254,20 @@ def test_two_that_save_at_once_leave_one_graft_whole(target):
     assert sorted(p.name for p in target.iterdir()) == sorted([*store.FILES, "notes.txt"])
 
 
+def test_a_save_that_another_overtakes_says_so(target, monkeypatch):
+    settle = folder.settle
+    monkeypatch.setattr(folder, "settle", lambda place: (settle(place), (place / folder.PENDING).mkdir()))
+    monkeypatch.setattr(folder, "sync", lambda path: None)
+    rival = target / folder.PENDING / "graft.json"
+    monkeypatch.setattr(os, "rename", _after(lambda: rival.write_text("{}"), os.rename))
+    with pytest.raises(StoreError, match=r"not saved to .*: another save to it is running\. Save again"):
+        save(target, NEW)
+
+
+def _after(first, then):
+    return lambda *arguments: (first(), then(*arguments))
+
+
 def test_an_empty_folder_and_missing_parents_are_filled(tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "not" / "yet" / "there"):

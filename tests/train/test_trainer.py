@@ -258,3 +258,52 @@ def test_optimizers_are_those_of_torch() -> None:
     assert made.param_groups[0]["lr"] == 0.1
     with pytest.raises(RecipeError, match="did you mean 'adamw'"):
         make_optimizer(Train(optimizer="adamwx"), [{"params": [weight]}])
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "sparseadam", "muon"])  # the last one takes matrices only
+def test_optimizers_that_cannot_train_a_graft_are_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"optimizer '{name}'"):
+        make_optimizer(Train(optimizer=name), [{"params": [torch.nn.Parameter(torch.zeros(2))]}])
+
+
+def test_trackers_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"train\.report_to: nonsense is not supported"):
+        training_arguments(Train(), out=tmp_path, report_to=("nonsense",))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "trained.safetensors",
+        "optimizer.safetensors",
+        "checkpoint.json",
+        "trainer_state.json",
+        "rng-0.safetensors",
+    ],
+)
+def test_a_checkpoint_with_one_flipped_bit_is_refused(tmp_path: Path, name: str) -> None:
+    saved = interrupted_after(2, tmp_path)
+    content = bytearray((saved / name).read_bytes())
+    place = content.index(b"losses") + 11 if name == "checkpoint.json" else len(content) - 5
+    content[place] ^= 1
+    (saved / name).write_bytes(content)
+    with pytest.raises(StoreError, match=f"{name} is damaged|cannot read .*{name}"):
+        trainer_in(tmp_path).train(saved)
+
+
+def test_a_user_s_file_in_a_checkpoint_stays(tmp_path: Path) -> None:
+    saved = interrupted_after(2, tmp_path)
+    (saved / "mine.txt").write_text("precious")
+    trainer_in(tmp_path, cadence=Cadence(checkpoint_every=4)).train(saved)
+    assert [file.name for file in saved.iterdir()] == ["mine.txt"]
+
+
+def test_a_checkpoint_is_promised_only_where_there_is_one(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    with pytest.raises(TrainingError) as without:
+        trainer_in(tmp_path, callbacks=[AtStep(2, fail)]).train()
+    with pytest.raises(TrainingError, match=r"; the steps up to .*checkpoint-1 are saved$"):
+        trainer_in(tmp_path, callbacks=[AtStep(2, fail)], cadence=Cadence(checkpoint_every=1)).train()
+    assert str(without.value).endswith("by task.max_length")

@@ -51,6 +51,7 @@ def label_names(task: Task, data: Data | Tables) -> list[str] | None:
 
 def class_values(rows: datasets.Dataset, column: str, source: str, *, by_word: bool) -> list[Any]:
     """The class names of a column: one for each row, or ``by_word`` a list of names."""
+    need_column(rows, column, source)
     declared = _declared(rows, column)
     names: list[Any] = []
     for row, value in enumerate(values_of(rows, column, source), 1):

@@ -113,12 +113,15 @@ def _block_size(path: Path) -> int:
 
 def _csv(path: Path, delimiter: str = ",") -> pa.Table:
     # only an empty cell is missing: "NA", "null" or "true" are words that a text or a label may consist of
-    return pa.csv.read_csv(
+    table = pa.csv.read_csv(
         path,
         read_options=pa.csv.ReadOptions(block_size=_block_size(path)),
         parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(null_values=[""], true_values=[], false_values=[]),
     )
+    if any(pa.types.is_binary(kind) for kind in table.schema.types):  # what Arrow makes of texts in another encoding
+        raise _not_utf8(path)
+    return table
 
 
 def _tsv(path: Path) -> pa.Table:
@@ -126,7 +129,12 @@ def _tsv(path: Path) -> pa.Table:
 
 
 def _jsonl(path: Path) -> pa.Table:
-    return pa.json.read_json(path, read_options=pa.json.ReadOptions(block_size=_block_size(path)))
+    table = pa.json.read_json(path, read_options=pa.json.ReadOptions(block_size=_block_size(path)))
+    try:
+        table.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise _not_utf8(path) from error
+    return table
 
 
 def _json(path: Path) -> pa.Table:
@@ -167,9 +175,24 @@ def _read_file(path: Path, *, whole_text: bool) -> datasets.Dataset:
         raise DataError(f"{path} is empty; a table needs a header and at least one row")
     try:
         table = _text(path, whole_text) if ending == ".txt" else _READERS[ending](path)
+        _require_distinct(table.column_names, path)
         return datasets.Dataset(table)
+    except DataError:
+        raise
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path) from error
     except (pa.ArrowException, ValueError, TypeError, AttributeError, OSError) as error:
         raise DataError(f"{path} cannot be read as {ending[1:]}: {error}") from error
+
+
+def _require_distinct(names: list[str], path: Path) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path} has the column {twice!r} more than once; give each column a name of its own")
+
+
+def _not_utf8(path: Path) -> DataError:
+    return DataError(f"{path} is not UTF-8; save it in that encoding")
 
 
 def _pick_split(rows: datasets.Dataset, path: Path, *, asked: str | None, split: str) -> datasets.Dataset:

@@ -11,6 +11,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -36,7 +37,22 @@ _ALL_COLUMNS = ("text", "text_pair", "label", "tokens", "image", "score")
 _LIMITS_OF_KIND = {"stride": ("causal-lm",), "score_scale": ("sentence-embedding",)}
 
 
-class Task(BaseModel):
+class Settings(BaseModel):
+    """A frozen, strict group of settings: no unknown keys, no infinite numbers, no truth values taken for numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(f"{str(value).lower()} is neither a number nor a text")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{value!r} has a NUL character in it")
+        return value
+
+
+class Task(Settings):
     """The kind of task and the columns it reads; a column left out gets the default of its kind.
 
     ===================== ==================================================================
@@ -54,8 +70,6 @@ class Task(BaseModel):
         >>> Task(kind="classification", text="sentence").label
         'label'
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Kind
     text: str | None = Field(None, description="column with the text")
@@ -100,6 +114,15 @@ class Task(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _answer_is_not_given(self) -> Task:
+        for answer in ("label", "score"):
+            for given in ("text", "text_pair", "tokens", "image"):
+                column = getattr(self, answer)
+                if column is not None and column == getattr(self, given):
+                    raise ValueError(f"{given} and {answer} are the same column {column!r}: the answer would be given")
+        return self
+
     @property
     def block(self) -> int:
         """Tokens in one block of a causal language model."""
@@ -113,14 +136,12 @@ def _as_text(source: Any) -> Any:
 Source = Annotated[str, BeforeValidator(_as_text)]
 
 
-class Data(BaseModel):
+class Data(Settings):
     """Where the rows come from: files, image folders, or data sets of the Hub.
 
     A source is what :func:`finegraft.data.read.read_table` reads. A table with a ``split`` column, or a
     data set with several splits, gives its own split to each of ``train``, ``eval`` and ``test``.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     train: Source | None = Field(None, description="rows to train on")
     eval: Source = Field(description="rows to evaluate on")

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from finegraft.deltas.delta import Delta, Layer, Shapes, precise
 from finegraft.errors import SiteError
-from finegraft.locate.ops import plain
 from finegraft.locate.site import Site
 from finegraft.registry import inits, kinds
 
@@ -103,8 +102,6 @@ class LowRank(Delta):
         return shift if b is None else b + shift.to(b.dtype)
 
     def forward(self, p: Any, layer: Layer, x: Tensor) -> Tensor:
-        if p.op.type == "conv" and not plain(layer.module):
-            return super().forward(p, layer, x)  # such as a subclass that pads its input itself
         a, b = self._joined(p)
         dropout = self.dropout if p.training else 0.0
         y = layer.op.add_low_rank(layer.module, x, layer(x), a, b, scale=self.scale, dropout=dropout)

@@ -2,51 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from finegraft.grafting.attachment import chain_at, guard, tap
 from finegraft.grafting.attention import stand_in_between
 from finegraft.grafting.chain import Chain
 from finegraft.grafting.graft import Graft
 from finegraft.grafting.slot import Slot
-from finegraft.grafting.stack import Placement, Stack, take_off
+from finegraft.grafting.stack import Placement, Stack
 from finegraft.locate.site import Site
 from finegraft.recipe import Recipe
 
 
 def place(stack: Stack, recipe: Recipe, seed: int, slots: Sequence[tuple[Site, Sequence[Slot]]]) -> Graft:
     """A graft of these changes, put on top of the stack and in force. On failure the model is as before."""
-    number = stack.next_number
     by_site: dict[str, tuple[Site, list[Slot]]] = {}
     for site, own in slots:
         by_site.setdefault(site.name, (site, []))[1].extend(own)
-    placements: list[Placement] = []
+    for site, own in by_site.values():
+        stack.check_compatible(site, [slot.delta for slot in own])
+    number = stack.next_number
+    graft = Graft(stack, recipe, seed=seed, placements=[])
     try:
         for site, own in by_site.values():
-            placements.append(_placement(site, own, number))
+            for placement in _placed(site, own, number):
+                graft.placements[-1:] = [p for p in graft.placements[-1:] if p.site is not site] + [placement]
             guard(stack.model, site.name)
+        stack.add(graft)
     except BaseException:
-        for placement in placements:
-            take_off(stack.model, placement)
+        stack.discard(graft)
         raise
-    graft = Graft(stack, recipe, seed=seed, placements=placements)
-    stack.add(graft)
     return graft
 
 
-def _placement(site: Site, slots: Sequence[Slot], number: int) -> Placement:
+def _placed(site: Site, slots: Sequence[Slot], number: int) -> Iterator[Placement]:
+    """The placement as it grows, so that what is there can be taken off again if the next step fails."""
     chain = chain_at(site, site.module, site.tensor)
+    placement = Placement(site, chain, (), tuple(slots))
+    yield placement
     _register(chain, slots, number)
-    aliases = []
     for _, module, tensor in site.aliases:
         alias = chain_at(site, module, tensor, owner=(chain, site.module))
+        placement = replace(placement, aliases=(*placement.aliases, (alias, module)))
+        yield placement
         _register(alias, slots, number)
-        aliases.append((alias, module))
     if site.kind == "attention":
         stand_in_between()
     if site.kind == "sublayer":
         tap(site)
-    return Placement(site, chain, tuple(aliases), tuple(slots))
 
 
 def _register(chain: Chain, slots: Sequence[Slot], number: int) -> None:

@@ -6,7 +6,7 @@ and taking hold off again is giving the class back.
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -141,6 +141,7 @@ def _reader(name: str) -> property:
 
 @cache
 def _grafted_class(base: Any, read: frozenset[str]) -> Any:
+    @wraps(base.forward)  # Transformers reads the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.finegraft.run(self, super(grafted, self).forward, args, kwargs)
 
@@ -223,6 +224,10 @@ def take_hold(module: Any, read: frozenset[str] = frozenset()) -> Attachment:
     """Attach to a module, or return what is attached; ``read`` names stored tensors that are read outside forward."""
     attachment = attachment_of(module)
     if attachment is None:
+        if hasattr(module, CHILD):
+            raise SiteError(
+                f"a {type(module).__name__} has an attribute named {CHILD!r}, which grafts need for themselves"
+            )
         if "forward" in module.__dict__:
             raise SiteError(
                 f"a {type(module).__name__} has a forward of its own set on the instance (as device-map hooks do), "

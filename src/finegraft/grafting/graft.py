@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ class Graft:
 
     def __repr__(self) -> str:
         state = "merged" if self.merged else "enabled" if self._enabled else "disabled"
+        state = state if self in self._stack.grafts else "detached"
         return f"Graft({self.recipe.name!r}, {len(self.placements)} sites, {self.num_trainable:,} trained, {state})"
 
     @property
@@ -150,11 +152,9 @@ class Graft:
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._require_attached()
         if self.merged and not value:
             raise RecipeError("the graft is merged: call unmerge() before disabling it")
-        self._enabled = bool(value)
-        self._stack.arrange(self.placements)
+        self._become(_enabled=bool(value))
 
     @property
     def scale(self) -> float:
@@ -163,9 +163,22 @@ class Graft:
 
     @scale.setter
     def scale(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise RecipeError(f"a scale is a finite number, not {value!r}")
+        self._become(_scale=float(value))
+
+    def _become(self, **state: Any) -> None:
+        """Take on another state, or keep the present one where that fails halfway."""
         self._require_attached()
-        self._scale = float(value)
-        self._stack.arrange(self.placements)
+        self._stack.require_no_route()
+        before = {name: getattr(self, name) for name in state}
+        self.__dict__.update(state)
+        try:
+            self._stack.arrange(self.placements)
+        except BaseException:
+            self.__dict__.update(before)
+            self._stack.arrange(self.placements)
+            raise
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -182,23 +195,24 @@ class Graft:
 
         Raises:
             NotMergeable: a change that is none of a weight, or an unmerged graft beneath; nothing is changed then.
+            RecipeError: the graft is disabled or detached.
         """
         self._require_attached()
+        if not self._enabled:
+            raise RecipeError("the graft is disabled: enable it before merging it")
         self._stack.check_mergeable(self)
-        self._enabled = self.merged = True
-        self._stack.arrange(self.placements)
+        self._become(merged=True)
 
     def unmerge(self) -> None:
         """Take the changes out of the base's tensors again; the base is as before, bit for bit."""
-        self._require_attached()
-        self.merged = False
-        self._stack.arrange(self.placements)
+        self._become(merged=False)
 
     def detach(self) -> None:
         """Take the graft off. When the last one goes, the base is what it was: tensors, classes, flags."""
         self._require_attached()
-        self.merged = False
+        self._stack.require_no_route()
         self._stack.remove(self)
+        self.merged = False
 
     def save(
         self, path: str | Path, *, task: Mapping[str, Any] | None = None, metrics: Mapping[str, Any] | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from finegraft.deltas.delta import channel_norms, precise
 from finegraft.deltas.in_place import tie
 from finegraft.grafting.slot import Slot
-from finegraft.locate.ops import Op
+from finegraft.locate.ops import Op, plain
 
 if TYPE_CHECKING:
     from finegraft.grafting.chain import Written
@@ -69,7 +69,7 @@ class BaseLayer:
     def __call__(self, x: Tensor) -> Tensor:
         if not self._ties:
             return self._call(x)
-        if len(self._ties) == 1 and len(self._ties[0].slots) == 1:
+        if len(self._ties) == 1 and len(self._ties[0].slots) == 1 and plain(self.module):
             (slot,) = self._ties[0].slots
             untied = BaseLayer(self.module, self.op, self._call)
             y = slot.delta.forward_written(slot, untied, x, self._ties[0].scale)
@@ -123,7 +123,10 @@ class ChangedLayer:
         return self._slot.delta.bias(self._slot, self._below.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._slot.delta.forward(self._slot, self._below, x)
+        delta = self._slot.delta
+        if delta.mergeable and _has_own_forward(self.module, self.op):
+            return self._below.apply(x, self.weight, self.bias)
+        return delta.forward(self._slot, self._below, x)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._below.apply(x, weight, bias)
@@ -174,6 +177,16 @@ class _Remembered:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.y if x is self._x else self._below(x)
+
+
+def _has_own_forward(module: Any, op: Op) -> bool:
+    """Whether only a change of the weight is sure to mean what it says, as in a subclass with a forward of its own.
+
+    Quantised layers are such subclasses too, but hold no floating-point weight that could be changed. Norms, whatever
+    their class, end in gain and bias.
+    """
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.is_floating_point() and op.type != "norm" and not plain(module)
 
 
 def stacked(slots: Sequence[Slot], below: Any) -> Any:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from finegraft.deltas.delta import Delta
 from finegraft.deltas.replacement import Replacement
-from finegraft.errors import BaseMismatch, FinegraftError, StoreError
+from finegraft.errors import BaseMismatch, FinegraftError, SiteError, StoreError
 from finegraft.grafting.attach import place
 from finegraft.grafting.graft import Graft
-from finegraft.grafting.slot import Slot, checked_tensors
+from finegraft.grafting.slot import changes_nothing, checked_slot
 from finegraft.grafting.stack import Stack, stack_of
 from finegraft.locate.collection import Sites
-from finegraft.locate.find import sites
+from finegraft.locate.find import exactly, sites
 from finegraft.locate.site import Site
 from finegraft.recipe import Recipe
 from finegraft.store import Manifest, check, pull, read
@@ -39,25 +38,28 @@ def load(path: str | Path, model: nn.Module, *, trainable: bool = False) -> Graf
         StoreError: a file that is missing, broken, tampered with or of a newer version, or a graft without effect.
         BaseMismatch: another base; both fingerprints are named.
     """
-    if not Path(path).exists() and _HUB_ID.fullmatch(str(path)):
+    if _HUB_ID.fullmatch(str(path)) and not os.path.exists(path):
         path = pull(str(path))
     tensors, manifest = read(path)
+    if not manifest.sites:
+        raise StoreError(f"{path}: the graft changes nothing, its manifest lists no sites")
     recipe = _recipe(manifest)
     stack = stack_of(model) or Stack(model)
     check(manifest.fingerprint, stack.base)
-    found = sites(model, roles=recipe.roles)
+    found = _sites(model, recipe)
     own = _by_slot(tensors)
     slots = []
     for entry in manifest.sites:
         site, delta, where = _entry(entry, recipe, found)
-        key = f"{site.name}/{where[0]}.{where[1]}"
-        values = own.pop(key, {})
-        site = replace(site, chosen=values["index"]) if "index" in values else site
-        stack.check_compatible(site, (delta,))
-        slots.append((site, [Slot(delta, site, where, checked_tensors(delta, site, values))]))
+        values = own.pop(f"{site.name}/{where[0]}.{where[1]}", {})
+        site, slot = checked_slot(delta, site, where, values)
+        slots.append((site, [slot]))
     if own:
         raise StoreError(f"{path}: tensors belong to no change that the manifest lists: {sorted(own)[:4]}")
-    _check_effect([(site, slot) for site, (slot,) in slots], path)
+    if changes_nothing((site, slot) for site, (slot,) in slots):
+        raise StoreError(
+            f"{path}: the graft changes nothing, all its changes are zero, as in one saved before it was trained"
+        )
     for _, (slot,) in slots:
         slot.requires_grad_(trainable)
     return place(stack, recipe, manifest.seed, slots)
@@ -68,6 +70,23 @@ def _recipe(manifest: Manifest) -> Recipe:
         return Recipe.parse(manifest.recipe)
     except FinegraftError as error:
         raise StoreError(f"the saved recipe cannot be used here: {error}") from None
+
+
+def _sites(model: nn.Module, recipe: Recipe) -> Sites:
+    """The model's sites under the recipe's roles, which a saved graft gives by whole names.
+
+    Patterns are refused: one from a file could keep the matcher busy for ever.
+    """
+    found = sites(model)
+    if not recipe.roles:
+        return found
+    known = {exactly(site.name) for site in found}
+    if strange := next((pattern for pattern in recipe.roles if pattern not in known), None):
+        raise StoreError(f"the saved roles should name layers of this model in full; {strange[:80]!r} does not")
+    try:
+        return sites(model, roles=recipe.roles)
+    except SiteError as error:
+        raise StoreError(f"the saved roles cannot be used here: {error}") from None
 
 
 def _by_slot(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -81,23 +100,18 @@ def _by_slot(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def _entry(entry: Mapping[str, Any], recipe: Recipe, found: Sites) -> tuple[Site, Delta, tuple[int, int]]:
     try:
         name, part, position, kind = entry["site"], entry["part"], entry["position"], entry["kind"]
+        if not isinstance(name, str) or any(type(number) is not int or number < 0 for number in (part, position)):
+            raise TypeError
         delta = Replacement() if part == len(recipe.parts) else recipe.parts[part].what[position]
     except (KeyError, IndexError, TypeError):
         raise StoreError(f"the manifest's entry {dict(entry)} fits no part of its recipe") from None
     if delta.kind != kind:
         raise StoreError(f"the manifest says kind {kind!r} for {name!r}; its recipe says {delta.kind!r}")
+    if name not in found:
+        raise BaseMismatch(f"the graft changes {name!r}, which this model does not have")
+    site = found[name]
     try:
-        site = found[name]
-    except (KeyError, FinegraftError):
-        raise BaseMismatch(f"the graft changes {name!r}, which this model does not have") from None
-    delta.fits(site)
+        delta.fits(site)
+    except SiteError as error:
+        raise StoreError(f"the graft does not fit this model: {error}") from None
     return site, delta, (part, position)
-
-
-@torch.no_grad()
-def _check_effect(slots: list[tuple[Site, Slot]], path: str | Path) -> None:
-    changes = [(site, slot) for site, slot in slots if slot.delta.kind != "replacement"]
-    if changes and not any(slot.delta.has_effect(slot, site) for site, slot in changes):
-        raise StoreError(
-            f"{path}: the graft changes nothing, all its changes are zero: it was saved before it was trained"
-        )

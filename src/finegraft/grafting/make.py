@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from finegraft.errors import RecipeError, SiteError
 from finegraft.grafting.attach import place
 from finegraft.grafting.graft import Graft
 from finegraft.grafting.slot import Slot, fresh_tensors
-from finegraft.grafting.stack import Stack, stack_of
+from finegraft.grafting.stack import Stack, bare, stack_of
 from finegraft.locate.collection import Sites
 from finegraft.locate.find import sites
 from finegraft.locate.site import Site
@@ -58,12 +59,17 @@ def graft(
         >>> fg.graft(model, "lora", rank=2).num_trainable
         52
     """
+    model, seed = bare(model), _whole(seed)
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise RecipeError(
+            "tensors made under torch.inference_mode() cannot train: graft and load the base outside of it"
+        )
+    if (stack := stack_of(model)) is not None:
+        stack.require_no_route()
     recipe = resolve(method, **overrides)
     found = sites(model, roles=recipe.roles)
-    stack = stack_of(model) or Stack(model)
+    stack = stack or Stack(model)
     planned = plan(recipe, found, model, calibration=calibration, seed=seed)
-    for site, deltas, _ in planned:
-        stack.check_compatible(site, deltas)
     slots = [
         (
             site,
@@ -75,6 +81,13 @@ def graft(
         for site, deltas, part in planned
     ]
     return place(stack, recipe, seed, slots)
+
+
+def _whole(seed: Any) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise RecipeError(f"a seed is a whole number, not {seed!r}") from None
 
 
 def resolve(method: str | Mapping[str, Any] | Recipe, **overrides: Any) -> Recipe:
@@ -120,6 +133,11 @@ def plan(
             f"recipe {recipe.name!r} trains nothing on this model: it has no parts, and the model has no head"
         )
     for site, deltas, _ in planned:
+        if site.kind == "layer" and site.tensor not in site.module._parameters:
+            raise SiteError(
+                f"{site.name!r} makes its weight anew in each pass (parametrize, weight_norm, spectral_norm): remove "
+                "the parametrization, or leave the site out"
+            )
         for delta in deltas:
             delta.fits(site)
     return planned

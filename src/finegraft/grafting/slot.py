@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from finegraft.deltas.delta import Delta
 from finegraft.errors import StoreError
 from finegraft.locate.site import Site
+from finegraft.select.units import Units
+
+_TRAINABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Slot(nn.Module):
@@ -64,12 +68,34 @@ def fresh_tensors(delta: Delta, site: Site, place: tuple[int, int], seed: int) -
     return {name: given[name].detach() if name in given else torch.zeros(shape) for name, shape in shapes.items()}
 
 
-def checked_tensors(delta: Delta, site: Site, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors read from a file, after every name and shape has been held against the site.
+def checked_slot(delta: Delta, site: Site, place: tuple[int, int], found: dict[str, Tensor]) -> tuple[Site, Slot]:
+    """A slot with tensors read from a file, and its site with the chosen units, after all was held against the site.
 
     Raises:
-        StoreError: a tensor is missing, unknown or of another shape.
+        StoreError: a tensor is missing, unknown, of another shape or type, or not finite; or indices that do not fit.
     """
+    if delta.needs_selection:
+        site = _with_units(delta, site, found)
+    _check_tensors(delta, site, found)
+    slot = Slot(delta, site, place, found)
+    for name, tensor in slot.tensors():
+        if not bool(tensor.isfinite().all()):
+            raise StoreError(
+                f"{site.name!r}: tensor {name!r} holds NaN or infinity: the training that made this graft diverged"
+            )
+    return site, slot
+
+
+def _with_units(delta: Any, site: Site, found: dict[str, Tensor]) -> Site:
+    if "index" not in found:
+        raise StoreError(f"{site.name!r}: kind {delta.kind!r} needs the tensor 'index'; the file holds {sorted(found)}")
+    units = Units(delta.unit, found["index"])
+    if flaw := units.flaw((*site.batch, site.fan_out, site.fan_in)):
+        raise StoreError(f"{site.name!r}: the indices in tensor 'index' do not fit: {flaw}")
+    return replace(site, chosen=units.index)
+
+
+def _check_tensors(delta: Delta, site: Site, found: dict[str, Tensor]) -> None:
     expected = {**delta.shapes(site), **delta.constants(site)}
     if set(found) != set(expected):
         raise StoreError(
@@ -80,4 +106,15 @@ def checked_tensors(delta: Delta, site: Site, found: dict[str, Tensor]) -> dict[
             raise StoreError(
                 f"{site.name!r}: tensor {name!r} is {tuple(found[name].shape)} in the file; it must be {shape}"
             )
-    return found
+        chosen = delta.needs_selection and name == "index"
+        if not chosen and found[name].dtype not in _TRAINABLE:
+            raise StoreError(
+                f"{site.name!r}: tensor {name!r} is {found[name].dtype} in the file; "
+                "it must be float16, bfloat16, float32 or float64"
+            )
+
+
+@torch.no_grad()
+def changes_nothing(slots: Iterable[tuple[Site, Slot]]) -> bool:
+    """Whether not one of the changes has an effect; a new head has one if it differs from the model's own."""
+    return not any(slot.delta.has_effect(slot, site) for site, slot in slots)

@@ -35,7 +35,7 @@ class Split:
     """How the model's forward runs while its batch is routed in parts.
 
     Attributes:
-        parts: the parts; every sample is in one of them.
+        parts: the parts; every sample is in one of them. None where layers do the routing by themselves.
         samples: size of the batch.
     """
 
@@ -55,6 +55,8 @@ class Split:
         if not any(self._counts_samples(leaf) for leaf in leaves):
             shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
             raise RecipeError(f"route was given {self.samples} samples; the batch has tensors of shapes {shapes}")
+        if not self.parts:
+            return call(*args, **kwargs)
         outcomes = []
         for part in self.parts:
             part.begin()

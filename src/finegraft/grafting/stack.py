@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from finegraft.deltas.delta import Delta
-from finegraft.errors import NotMergeable, SiteError
+from finegraft.errors import NotMergeable, RecipeError, SiteError
 from finegraft.grafting.attachment import (
     attachment_of,
     hold_statistics,
@@ -63,6 +65,7 @@ class Stack:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        _refuse_parts(model)
         self.model = model
         self.grafts: list[Graft] = []
         self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -156,11 +159,39 @@ class Stack:
 
     def remove(self, graft: Graft) -> None:
         """Take a graft off; the last one to go gives the base back as it was."""
+        place = self.grafts.index(graft)
         self.grafts.remove(graft)
+        try:
+            self.arrange(graft.placements)
+        except BaseException:
+            self.grafts.insert(place, graft)
+            self.arrange(graft.placements)
+            raise
+        self._take_off(graft)
+
+    def discard(self, graft: Graft) -> None:
+        """Take off what there is of a graft that could not be put on."""
+        if graft in self.grafts:
+            self.grafts.remove(graft)
         self.arrange(graft.placements)
+        self._take_off(graft)
+
+    def _take_off(self, graft: Graft) -> None:
         for placement in graft.placements:
             take_off(self.model, placement)
         self._release_if_empty()
+
+    def require_no_route(self) -> None:
+        """Raise within a block of :func:`route`, whose routes rest on the state the grafts had at its start."""
+        if self.routes:
+            raise RecipeError("the batch is being routed: change, add, merge or copy grafts outside of the route block")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
+        self.require_no_route()
+        twin = object.__new__(Stack)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def make_permanent(self, merged: list[Graft]) -> None:
         """Forget the originals of merged grafts and take the grafts off; the base is what they made of it.
@@ -184,20 +215,22 @@ class Stack:
         if self.grafts:
             return
         release_statistics(self.model)
-        for name, flag in self.flags.items():
-            self.model.get_parameter(name).requires_grad_(flag)
-        del self.model.__dict__[_KEY]
+        for name, parameter in self.model.named_parameters():
+            if name in self.flags:
+                parameter.requires_grad_(self.flags[name])
+        self.model.__dict__.pop(_KEY, None)
 
     @contextmanager
     def routed(self, routes: tuple[tuple[Graft, ...], ...]) -> Iterator[None]:
         """Within this block, sample ``i`` of every batch goes through ``routes[i]``."""
+        self.require_no_route()
         placements = [p for g in self.grafts for p in g.placements]
         self.routes = routes
         try:
             self.arrange(placements)
-            if not all(sees_samples(p.site) for grafts in routes for g in grafts for p in g.placements):
-                parts = tuple(Part(rows, partial(self._act, grafts)) for grafts, rows in self._rows().items())
-                take_hold(self.model).split = Split(parts, len(routes))
+            parts = [Part(rows, partial(self._act, grafts)) for grafts, rows in self._rows().items()]
+            whole = all(sees_samples(p.site) for grafts in routes for g in grafts for p in g.placements)
+            take_hold(self.model).split = Split(() if whole else tuple(parts), len(routes))
             yield
         finally:
             self.routes = ()
@@ -244,9 +277,34 @@ def take_off(model: nn.Module, placement: Placement) -> None:
     unguard(model, placement.site.name)
 
 
+def bare(model: Any) -> nn.Module:
+    """The model itself, out of the wrapper of ``torch.compile``.
+
+    Raises:
+        RecipeError: no ``torch.nn.Module``, a scripted one, or one in a wrapper that must come after grafting.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise RecipeError(f"a graft goes on a torch.nn.Module in Python code, not on a {type(model).__name__}")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise RecipeError(f"graft the model first and wrap it in {type(model).__name__} then; its .module is the model")
+    return model
+
+
 def stack_of(model: nn.Module) -> Stack | None:
     """The grafts on a model, if it has any."""
-    return model.__dict__.get(_KEY)
+    return bare(model).__dict__.get(_KEY)
+
+
+def _refuse_parts(model: nn.Module) -> None:
+    """Raise where a part of the model, or a larger model that it is a part of, carries grafts already."""
+    for name, module in model.named_modules():
+        if _KEY in module.__dict__:
+            raise RecipeError(f"its part {name!r} carries grafts of its own: detach them, or graft that part again")
+        if attachment_of(module) is not None:
+            raise RecipeError(
+                f"{name or 'it'!r} is part of a larger model that carries grafts: graft that model instead"
+            )
 
 
 def fingerprint_of(model: nn.Module, found: Sites | None = None) -> Fingerprint:

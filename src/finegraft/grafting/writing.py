@@ -16,14 +16,16 @@ from finegraft.select.units import EVERYTHING, Units
 
 @torch.no_grad()
 def rewrite(chain: Chain, module: Any, groups: Sequence[Group]) -> None:
-    """Let exactly these groups stand in the base's tensors, written in this order; the cost is what they touch."""
+    """Let exactly these groups stand in the base's tensors, written in this order; the cost is what they touch.
+
+    What a write replaces is on record before the write, so that :func:`restore` undoes one that was broken off.
+    """
     restore(chain, module)
     for group in groups:
-        number = sum(len(w.originals) for w in chain.written)
-        originals = (_write_units if group.in_place else _write_all)(chain, module, group, number)
-        takes_gradients = any(p.requires_grad for slot in group.slots for p in slot.parameters())
-        trains = group.in_place and not group.merged and takes_gradients
-        chain.written = (*chain.written, Written(group, originals, trains, _versions(group)))
+        in_place = all(slot.delta.in_place for slot in group.slots)
+        trains = in_place and not group.merged and any(p.requires_grad for s in group.slots for p in s.parameters())
+        chain.written = (*chain.written, Written(group, (), trains, _versions(group)))
+        (_write_units if in_place else _write_all)(chain, module, group)
 
 
 @torch.no_grad()
@@ -31,13 +33,11 @@ def restore(chain: Chain, module: Any) -> None:
     """Put back the originals of everything written, last first."""
     for written in reversed(chain.written):
         for original in reversed(written.originals):
-            kept = None if original.buffer is None else chain._buffers.pop(original.buffer)
-            if kept is None:
+            if original.buffer is None:
                 module._parameters[original.tensor] = None
             else:
-                _put(chain, module, original.tensor, original.units, kept)
-    chain._non_persistent_buffers_set.clear()
-    chain.written = ()
+                _put(chain, module, original.tensor, original.units, chain.get_buffer(original.buffer))
+    forget(chain)
 
 
 def forget(chain: Chain) -> None:
@@ -75,13 +75,11 @@ def _versions(group: Group) -> tuple[int, ...]:
     return tuple(p._version for slot in group.slots for p in slot.parameters())
 
 
-def _write_units(chain: Chain, module: Any, group: Group, number: int) -> tuple[Original, ...]:
-    originals: list[Original] = []
+def _write_units(chain: Chain, module: Any, group: Group) -> None:
     for name, units, values in _changes(chain, group):
         before = units.gather(_matrix(chain, module, name))
-        originals.append(_keep(chain, name, units, before, number + len(originals)))
+        _record(chain, name, units, before)
         _put(chain, module, name, units, _sum(before, values, group.scale))
-    return tuple(originals)
 
 
 def _write_again(chain: Chain, module: Any, changing: Sequence[Written], *, counted: bool) -> None:
@@ -105,27 +103,30 @@ def _changes(chain: Chain, group: Group) -> list[tuple[str, Units, Tensor]]:
     ]
 
 
-def _write_all(chain: Chain, module: Any, group: Group, number: int) -> tuple[Original, ...]:
+def _write_all(chain: Chain, module: Any, group: Group) -> None:
     stored = module._parameters[chain.tensor]
     before = _matrix(chain, module, chain.tensor)
     after = changed_weight(group, before.to(trained_dtype(stored.dtype)))
-    originals = [_keep(chain, chain.tensor, EVERYTHING, before.clone(), number)]
     bias = module._parameters.get("bias") if chain.op.callable else None
     new_bias = changed_bias(group, None if bias is None else bias.detach().to(trained_dtype(bias.dtype)))
     if bias is not None and new_bias is not None:
-        originals.append(_keep(chain, "bias", EVERYTHING, bias.detach().unsqueeze(-1).clone(), number + 1))
+        _record(chain, "bias", EVERYTHING, bias.detach().unsqueeze(-1).clone())
         _put(chain, module, "bias", EVERYTHING, new_bias.unsqueeze(-1))
     elif new_bias is not None:
-        originals.append(Original("bias", EVERYTHING, None))
+        _record(chain, "bias", EVERYTHING, None)
         module._parameters["bias"] = nn.Parameter(new_bias.to(stored.device, stored.dtype), requires_grad=False)
+    _record(chain, chain.tensor, EVERYTHING, before.clone())
     _put(chain, module, chain.tensor, EVERYTHING, after)
-    return tuple(originals)
 
 
-def _keep(chain: Chain, tensor: str, units: Units, before: Tensor, number: int) -> Original:
-    buffer = f"original_{number}"
-    chain.register_buffer(buffer, before, persistent=False)
-    return Original(tensor, units, buffer)
+def _record(chain: Chain, tensor: str, units: Units, before: Tensor | None) -> None:
+    """Note what the newest group is about to replace; None for a bias that is about to be added."""
+    *earlier, newest = chain.written
+    buffer = None if before is None else f"original_{sum(len(w.originals) for w in chain.written)}"
+    if buffer is not None:
+        chain.register_buffer(buffer, before, persistent=False)
+    newest = replace(newest, originals=(*newest.originals, Original(tensor, units, buffer)))
+    chain.written = (*earlier, newest)
 
 
 def _sum(before: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,6 +52,11 @@ def sites(model: nn.Module, *, roles: Mapping[str, str] | None = None) -> Sites:
     calls = list(attention_calls(parts, modules, blocks))
     taken.update(site.name for site in calls)
     return Sites([*parts, *sublayers(parts, modules, taken), *calls])
+
+
+def exactly(name: str) -> str:
+    """The regular expression that is found in this name and no other."""
+    return rf"\A{re.escape(name)}\Z"
 
 
 class _Holder(NamedTuple):

@@ -19,6 +19,7 @@ Fits: TypeAlias = Callable[[Site], bool]
 _PARAMETER_KINDS = frozenset({"layer", "tensor"})
 _KIND_OF_WORD = {"attn": "sublayer", "ffn": "sublayer", "sublayer": "sublayer", "attention": "attention"}
 _LAYER_FORMS = "an index such as 3, a range such as '0-3', 'first:2', 'last:2', 'even' or 'odd'"
+_LAYERS = re.compile(r"(?P<low>\d{1,9})(-(?P<high>\d{1,9}))?|(?P<end>first|last):(?P<count>\d{1,9})")
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,21 @@ def _elements(axis: str, value: Wanted, depths: Mapping[str, int]) -> list[Eleme
         raise SiteError(f"where: {axis} is an empty list; leave it out or name what should fit")
     elements = []
     for item in values:
-        text = str(item)
+        text = _text(axis, item)
         excludes, optional = text.startswith("!"), text.endswith("?")
         text = text.removeprefix("!").removesuffix("?")
         fits = _layer(text, depths) if axis == "layer" else _name(text) if axis == "name" else _is(axis, text)
         elements.append(Element(axis, text, fits, excludes, optional))
+        if axis == "layer" and not (excludes or optional):
+            _require_as_many(text, depths)
     return elements
+
+
+def _text(axis: str, item: str | int) -> str:
+    try:
+        return str(item)
+    except ValueError:  # Python writes out no whole number of more than 4300 digits
+        raise SiteError(f"{axis} is a number of thousands of digits; give {_LAYER_FORMS}") from None
 
 
 def _is(axis: str, text: str) -> Fits:
@@ -128,9 +138,10 @@ def expression(text: str, what: str) -> re.Pattern[str]:
 def _layer(text: str, depths: Mapping[str, int]) -> Fits:
     if text in ("even", "odd"):
         return lambda site: site.layer is not None and site.layer % 2 == (text == "odd")
-    form = re.fullmatch(r"(?P<low>\d+)(-(?P<high>\d+))?|(?P<end>first|last):(?P<count>\d+)", text)
+    form = _LAYERS.fullmatch(text)
     if form is None:
-        raise SiteError(f"layer {text!r} is not understood; give {_LAYER_FORMS}")
+        shown = repr(text if len(text) < 60 else f"{text[:60]}...")
+        raise SiteError(f"layer {shown} is not understood; give {_LAYER_FORMS}")
     if form["end"]:
         count = int(form["count"])
         start = {stack: depth - count if form["end"] == "last" else 0 for stack, depth in depths.items()}
@@ -139,6 +150,16 @@ def _layer(text: str, depths: Mapping[str, int]) -> Fits:
     if high < low:
         raise SiteError(f"layer {text!r} runs backwards; give '{high}-{low}'")
     return lambda site: site.layer is not None and low <= site.layer <= high
+
+
+def _require_as_many(text: str, depths: Mapping[str, int]) -> None:
+    """Raise where ``first:N`` or ``last:N`` asks for more blocks than the deepest stack has."""
+    form, deepest = _LAYERS.fullmatch(text), max(depths.values(), default=0)
+    if form and form["end"] and deepest and int(form["count"]) > deepest:
+        raise SiteError(
+            f"layer {text!r} asks for {int(form['count'])} blocks; the deepest stack has {deepest}. "
+            f"Give '{form['end']}:{deepest}', or leave layer out"
+        )
 
 
 def _pool(sites: Sequence[Site], axes: Mapping[str, list[Element]]) -> list[Site]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
-from finegraft.data.task import Data, Task
+from finegraft.data.task import Data, Settings, Task
 
 
-class TrainSettings(BaseModel):
+class TrainSettings(Settings):
     """How long and how to train; what a method prescribes (optimizer, schedule) is in its recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     epochs: PositiveFloat = Field(default=3.0, description="passes over the training rows")
     steps: PositiveInt | None = Field(default=None, description="optimizer steps; given, epochs has no effect")
@@ -38,10 +38,20 @@ class TrainSettings(BaseModel):
 def _method(value: Any) -> Any:
     if isinstance(value, dict) and not isinstance(value.get("name"), str) and "parts" not in value:
         raise ValueError("give a method's name, {name: lora, rank: 16}, or a whole recipe with parts:")
+    if any(not math.isfinite(number) for number in _numbers(value)):
+        raise ValueError("every number has to be finite")
     return value
 
 
-class TuneConfig(BaseModel):
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)
+
+
+class TuneConfig(Settings):
     """Everything that a run is made of.
 
     Example:
@@ -52,8 +62,6 @@ class TuneConfig(BaseModel):
         32
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     base: str = Field(description="the pretrained model: hub id, local folder, or minilm")
     task: Task = Field(description="the kind of task and the columns it reads")
     data: Data = Field(description="where the rows come from")
@@ -61,7 +69,7 @@ class TuneConfig(BaseModel):
         description="a method's name, {name: ..., setting: value}, or a whole recipe"
     )
     train: TrainSettings = Field(default=TrainSettings(), description="how long and how to train")
-    seed: NonNegativeInt = Field(default=0, description="of all random numbers")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of all random numbers")
     out: str = Field(description="folder for everything that comes of the run")
 
     def plain(self) -> dict[str, Any]:

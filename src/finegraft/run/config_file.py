@@ -15,6 +15,7 @@ from finegraft.registry import nearest
 from finegraft.run.config import TuneConfig
 
 _Place = tuple[str | int, ...]
+_KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TuneConfig:
@@ -32,13 +33,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TuneConfig:
     """
     file = Path(path)
     try:
-        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise RecipeError(f"cannot read {file}: {error}") from None
-    if not isinstance(root, yaml.MappingNode):
+    data, places = _parsed(text, str(file))
+    if not isinstance(data, dict):
         raise RecipeError(f"{file} is no configuration: it should be a mapping with base:, task:, data: ...")
-    places = dict(_places(root, (), file))
-    data = yaml.SafeLoader("").construct_document(root)
     for override in overrides:
         _apply(override, data, places)
     return _validated(data, places, file)
@@ -53,30 +53,67 @@ def parse_config(data: dict[str, Any]) -> TuneConfig:
     return _validated(data, {}, None)
 
 
-def _places(node: yaml.Node, path: _Place, file: Path) -> Iterator[tuple[_Place, str]]:
+def _parsed(text: str, source: str) -> tuple[Any, dict[_Place, str]]:
+    """YAML as plain data, and the line of every value."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is None:
+            return None, {}
+        places = dict(_places(root, (), ()))
+        return yaml.SafeLoader("").construct_document(root), places
+    except RecipeError as error:
+        raise RecipeError(f"{source}, {error}") from None
+    except RecursionError:
+        raise RecipeError(f"cannot read {source}: it is nested too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise RecipeError(f"cannot read {source}: {line}{error.problem}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"cannot read {source}: {' '.join(str(error).split())}") from None
+
+
+def _places(node: yaml.Node, path: _Place, around: tuple[yaml.Node, ...]) -> Iterator[tuple[_Place, str]]:
+    line = f"line {node.start_mark.line + 1}"
+    if node in around:
+        raise RecipeError(f"{line}: the value of {'.'.join(map(str, path))} contains itself")
+    around = (*around, node)
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                raise RecipeError(f"{file}, line {line}: {key.value!r} is given twice")
-            seen.add(key.value)
-            yield (*path, key.value), f"line {line}"
-            yield from _places(value, (*path, key.value), file)
+            name, at = _key(key), f"line {key.start_mark.line + 1}"
+            if name in seen:
+                raise RecipeError(f"{at}: {name!r} is given twice")
+            seen.add(name)
+            yield (*path, name), at
+            yield from _places(value, (*path, name), around)
     elif isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
             yield (*path, number), f"line {item.start_mark.line + 1}"
-            yield from _places(item, (*path, number), file)
+            yield from _places(item, (*path, number), around)
+    else:
+        _require_value(node, line)
+
+
+def _key(node: yaml.Node) -> str:
+    if node.tag not in _KEY_TAGS:
+        shown = repr(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+        raise RecipeError(f"line {node.start_mark.line + 1}: a key has to be a text, not {shown}")
+    return node.value
+
+
+def _require_value(node: yaml.Node, line: str) -> None:
+    """Reads one value, because dates and numbers that cannot be are found without their place when all are read."""
+    try:
+        repr(yaml.SafeLoader("").construct_object(node))
+    except ValueError as error:
+        raise RecipeError(f"{line}: {node.value[:40]!r} is no value: {error}") from None
 
 
 def _apply(override: str, data: dict[str, Any], places: dict[_Place, str]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise RecipeError(f"--set {override}: give a key and a value, such as --set train.epochs=1")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: the value is not YAML: {error}") from None
+    value, _ = _parsed(text, f"the value of --set {key}")
     path = key.split(".")
     target = data
     for name in path[:-1]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import yaml
 from finegraft.errors import RecipeError, StoreError
 from finegraft.run.config import TuneConfig, changed_keys
 from finegraft.run.config_file import load_config
-from finegraft.train.checkpoint import checkpoints
+from finegraft.store import FILES
+from finegraft.train.checkpoint import checkpoints, digest_of, remove_checkpoint, remove_files
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class RunFolder:
         if self.metrics.exists():
             raise RecipeError(f"the run in {self.path} has finished; there is nothing to resume. {_WAYS_ON}")
         found = checkpoints(self.path)
-        if not found or not self.config.exists() or not self.start.exists():
+        if not found or not self._is_ours() or not self.start.exists():
             raise RecipeError(f"there is no interrupted run in {self.path}; run without --resume to start one")
         before = load_config(self.config)
         if keys := changed_keys(before, config):
@@ -86,22 +88,32 @@ class RunFolder:
             )
         return found[-1]
 
-    def require_free(self, *, overwrite: bool) -> None:
+    def require_free(self, *, overwrite: bool, source: Path | None = None) -> None:
         """Returns if a new run may start here.
 
         Args:
             overwrite: whether an earlier run may be replaced.
+            source: the file that the configuration was read from, which a run must not write over.
 
         Raises:
-            RecipeError: an earlier run is in the way.
+            RecipeError: an earlier run is in the way, or files of somebody else.
         """
+        try:
+            taken = self.path.exists() and (not self.path.is_dir() or any(map(_is_kept, self.path.iterdir())))
+        except OSError as error:
+            raise RecipeError(f"cannot use {self.path}: {error.strerror}; choose another out:") from error
+        if taken and not self._is_ours():
+            raise RecipeError(f"{self.path} is in use, and not by a run of finegraft; choose another out:")
+        written = (self.config, self.recipe, self.start, self.metrics, self.report)
+        if source is not None and source.resolve() in [file.resolve() for file in written]:
+            raise RecipeError(f"the run would write over its configuration {source}; choose another out:, or copy it")
         if not overwrite and self.metrics.exists():
             raise RecipeError(f"{self.path} holds a finished run. {_WAYS_ON}")
         if not overwrite and checkpoints(self.path):
             raise RecipeError(f"{self.path} holds an interrupted run: continue it with --resume. {_WAYS_ON}")
 
     def clear(self) -> None:
-        """Makes the folder, and removes an earlier run's files from it; other files are left alone.
+        """Makes the folder, and removes the files that an earlier run wrote; other files are left alone.
 
         Raises:
             StoreError: the folder cannot be made or written.
@@ -109,25 +121,57 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.remove_traces()
-            for file in (self.metrics, self.report, self.recipe, self.config):
+            for file in (self.metrics, self.report, self.recipe):
                 file.unlink(missing_ok=True)
             for folder in (self.graft, self.last_good):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_files(folder, FILES)
         except OSError as error:
             raise StoreError(f"cannot write to {self.path}: {error.strerror}; choose another out:") from error
 
     def remove_traces(self) -> None:
         """Removes what only an unfinished run needs."""
         for checkpoint in checkpoints(self.path):
-            shutil.rmtree(checkpoint)
+            remove_checkpoint(checkpoint)
         self.start.unlink(missing_ok=True)
 
     def write_config(self, config: TuneConfig) -> None:
-        """Stores the configuration that is being carried out."""
-        write_text(self.config, yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True))
+        """Stores the configuration that is being carried out, and thereby makes the folder that of a run."""
+        write_text(self.config, _HEADING + yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True))
+
+    def write_start(self, start: Mapping[str, Any]) -> None:
+        """Stores what was found out before the first step."""
+        write_json(self.start, {"sha256": digest_of(start), "start": start})
+
+    def read_start(self) -> dict[str, Any]:
+        """What :meth:`write_start` stored.
+
+        Raises:
+            StoreError: the file is missing or damaged.
+        """
+        try:
+            sealed = json.loads(self.start.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"cannot read {self.start}: {error}; start the run afresh with --overwrite") from error
+        if not isinstance(sealed, dict) or sealed.get("sha256") != digest_of(sealed.get("start")):
+            raise StoreError(f"{self.start} is damaged; start the run afresh with --overwrite")
+        return sealed["start"]
+
+    def _is_ours(self) -> bool:
+        try:
+            with open(self.config, "rb") as file:
+                return file.read(len(_HEADING)) == _HEADING.encode()
+        except OSError:
+            return False
 
 
 _WAYS_ON = "Use another out:, or --overwrite to replace it"
+_HEADING = "# Written by finegraft tune: the configuration as it was carried out.\n"
+_PARTIAL = re.compile(r"\..*\.partial")
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether a file is more than what a killed process left half written."""
+    return not _PARTIAL.fullmatch(path.name)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,10 +13,11 @@ from finegraft.data.batches import LengthBucketedSampler
 from finegraft.data.collate import collator
 from finegraft.data.prepare import encode
 from finegraft.data.task import Task
-from finegraft.errors import DataError
+from finegraft.errors import DataError, TrainingError
 from finegraft.run.answers import Answer, Row, answers
 from finegraft.run.trained import Trained, load_trained
 from finegraft.train.evaluation import inferring, to_device
+from finegraft.train.memory import is_out_of_memory
 
 _BATCHES_READ_AHEAD = 8
 
@@ -49,13 +50,20 @@ def predict(
 
     Raises:
         StoreError: a graft that cannot be used.
+        TrainingError: memory ran out.
     """
     trained = load_trained(graft_path, base=base)
     if trained.task.kind == "causal-lm":
         trained.processor.padding_side = "left"
     numbered = enumerate(lines, 1)
     while chunk := list(islice(numbered, batch_size * _BATCHES_READ_AHEAD)):
-        yield from _chunk(trained, chunk, jsonl, batch_size, max_new_tokens)
+        try:
+            found = _chunk(trained, chunk, jsonl, batch_size, max_new_tokens)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise TrainingError(f"out of memory while predicting: lower --batch-size (now {batch_size})") from error
+            raise
+        yield from found
 
 
 def _chunk(

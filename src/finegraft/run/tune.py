@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +9,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from finegraft.data.base import Base, load_base
 from finegraft.data.batches import LengthBucketedSampler
 from finegraft.data.labels import label_names
 from finegraft.data.prepare import Prepared, prepare
 from finegraft.data.read import read_data
-from finegraft.errors import RecipeError, StoreError, TrainingError
+from finegraft.errors import RecipeError, TrainingError
 from finegraft.grafting import Graft, graft
 from finegraft.grafting.make import resolve
 from finegraft.grafting.stack import Placement
@@ -34,7 +34,7 @@ from finegraft.train.cadence import Cadence
 from finegraft.train.evaluation import evaluate_rows, to_device
 from finegraft.train.interruption import TrainingInterrupted
 from finegraft.train.memory import is_out_of_memory, peak_memory
-from finegraft.train.optimizers import training_arguments
+from finegraft.train.optimizers import make_optimizer, training_arguments
 from finegraft.train.precision import Precision, choose_precision
 from finegraft.train.processes import processes
 from finegraft.train.trainer import GraftTrainer
@@ -47,6 +47,7 @@ def tune(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    source: str | Path | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Result:
     """Trains a graft as a configuration says, and leaves everything about it in ``config.out``.
@@ -54,7 +55,9 @@ def tune(
     Args:
         config: a configuration, the same as plain data, or the path of a YAML file.
         resume: continue the interrupted run in ``config.out``; the result is that of an uninterrupted one.
-        overwrite: replace the run that is in ``config.out``.
+        overwrite: replace the run that is in ``config.out``, once the new one is ready to start; files that no
+            run wrote stay.
+        source: the file that a given configuration was read from, which is never written over.
         tell: takes a line about what was grafted and decided, before training starts.
 
     Raises:
@@ -63,17 +66,22 @@ def tune(
         TrainingError: a loss that is no number, or no memory left.
         TrainingInterrupted: Ctrl-C; the message says how to resume.
     """
+    if source is None and isinstance(config, (str, Path)):
+        source = config
     config = _as_config(config)
     folder = RunFolder(Path(config.out))
-    checkpoint = None
     if resume:
         checkpoint = folder.checkpoint_to_resume(config)
+        recipe = Recipe.load(folder.recipe)
     else:
-        folder.require_free(overwrite=overwrite)
-        _recipe(config)
+        checkpoint = None
+        folder.require_free(overwrite=overwrite, source=None if source is None else Path(source))
+        recipe = _recipe(config)
+    args = _arguments(config, recipe, folder)
     job = _Job.load(config)
     try:
-        start = _resumed(job, folder) if checkpoint else _started(job, folder)
+        job.attach(recipe)
+        start = folder.read_start() if checkpoint else _started(job, folder)
     except Exception as error:
         if is_out_of_memory(error):
             advice = "lower train.batch_size, train.eval_batch_size or task.max_length"
@@ -81,7 +89,12 @@ def tune(
         raise
     if tell is not None and processes().is_main_process:
         tell(_beginning(job, start))
-    trainer = _trainer(job, folder, start)
+    trainer = _trainer(job, args, start)
+    _train(job, folder, trainer, checkpoint)
+    return _finished(job, folder, start, trainer)
+
+
+def _train(job: _Job, folder: RunFolder, trainer: GraftTrainer, checkpoint: Path | None) -> None:
     try:
         trainer.train(checkpoint)
     except TrainingInterrupted as stop:
@@ -92,7 +105,6 @@ def tune(
             kept = f"{folder.last_good} has the graft as of step {len(trainer.losses)}"
             raise TrainingError(f"{error}. {kept}") from error
         raise
-    return _finished(job, folder, start, trainer)
 
 
 def _beginning(job: _Job, start: Mapping[str, Any]) -> str:
@@ -157,37 +169,28 @@ class _Job:
 
 
 def _started(job: _Job, folder: RunFolder) -> dict[str, Any]:
-    """Grafts, chooses the precision, scores the untouched base, and makes the run resumable."""
-    job.attach(_recipe(job.config))
+    """Chooses the precision, scores the untouched base, and puts the run, resumable, in place of an earlier one."""
+    make_optimizer(job.graft.recipe.train, job.graft.parameter_groups())  # fails while the earlier run is still there
     precision = _precision(job)
     with job.graft.disabled():
         before = job.score(job.prepared.eval, precision.name)
     start = {"before": finite(before), "precision": precision.name, "precision_reason": precision.reason}
+    processes().wait_for_everyone()  # all have seen whether the folder was free
     if processes().is_main_process:
         folder.clear()
         settled = job.config.train.model_copy(update={"precision": precision.name})
         folder.write_config(job.config.model_copy(update={"train": settled}))
         write_text(folder.recipe, job.graft.recipe.to_yaml())
-        write_json(folder.start, start)
+        folder.write_start(start)
     processes().wait_for_everyone()
-    return _read_start(folder)  # what one process measured holds for all
-
-
-def _resumed(job: _Job, folder: RunFolder) -> dict[str, Any]:
-    job.attach(Recipe.load(folder.recipe))
-    return _read_start(folder)
-
-
-def _read_start(folder: RunFolder) -> dict[str, Any]:
-    try:
-        return json.loads(folder.start.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"cannot read {folder.start}: {error}; start the run afresh with --overwrite") from error
+    return folder.read_start()  # what one process measured holds for all
 
 
 def _recipe(config: TuneConfig) -> Recipe:
     rate = {} if config.train.lr is None else {"lr": config.train.lr}
-    return resolve(config.method, **rate)
+    recipe = resolve(config.method, **rate)
+    make_optimizer(recipe.train, [{"params": [nn.Parameter(torch.zeros(1, 1))]}])  # fails now rather than after loading
+    return recipe
 
 
 def _precision(job: _Job) -> Precision:
@@ -197,18 +200,22 @@ def _precision(job: _Job) -> Precision:
     return choose_precision(job.base.model, next(job.training_batches()), device=job.device)
 
 
-def _trainer(job: _Job, folder: RunFolder, start: Mapping[str, Any]) -> GraftTrainer:
-    settings, rows = job.config.train, job.rows
-    args = training_arguments(
-        job.graft.recipe.train,
+def _arguments(config: TuneConfig, recipe: Recipe, folder: RunFolder) -> TrainingArguments:
+    settings = config.train
+    return training_arguments(
+        recipe.train,
         out=folder.path,
         epochs=settings.epochs,
         steps=settings.steps,
         batch_size=settings.batch_size,
         gradient_accumulation=settings.gradient_accumulation,
-        seed=job.config.seed,
+        seed=config.seed,
         report_to=settings.report_to,
     )
+
+
+def _trainer(job: _Job, args: TrainingArguments, start: Mapping[str, Any]) -> GraftTrainer:
+    settings, rows = job.config.train, job.rows
     per_step = args.train_batch_size * args.world_size * settings.gradient_accumulation
     epoch = -(-len(rows) // per_step)
     cadence = Cadence(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,6 +26,22 @@ class Units:
 
     unit: Literal["all", "entry", "row", "column"]
     index: Int[Tensor, " chosen"] = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def flaw(self, matrix: tuple[int, ...]) -> str | None:
+        """What is wrong with the indices for a matrix of this shape, or None."""
+        index = self.index
+        if index.dtype != torch.int64 or index.ndim != 1:
+            return f"they are {index.dtype} of shape {tuple(index.shape)}, not a list of int64"
+        if not len(index):
+            return "there are none"
+        if bool((index[1:] <= index[:-1]).any()):
+            return "they are not sorted and distinct"
+        entries = math.prod(matrix)
+        units = {"entry": entries, "row": entries // matrix[-1], "column": matrix[-1]}[self.unit]
+        low, high = int(index[0]), int(index[-1])
+        if low < 0 or high >= units:
+            return f"they run from {low} to {high}; there are {units} of unit {self.unit!r}, counted from 0"
+        return None
 
     def shape(self, matrix: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the values at the chosen units, for a matrix of this shape."""

@@ -30,7 +30,19 @@ CARD = "README.md"
 FILES = (TENSORS, MANIFEST, CARD)
 PENDING = ".graft.pending"
 STAGING = ".graft.staging-"
+_NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
 ABANDONED = 24 * 3600  # seconds after which a staging folder belongs to a save that was killed
+
+
+def as_path(path: object) -> Path:
+    """The path of a graft's folder.
+
+    Raises:
+        StoreError: it is no path, or an empty one.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise StoreError(f"{path!r} is not a path: give the folder of a graft")
+    return Path(path)
 
 
 def locate(folder: Path, name: str) -> Path:
@@ -101,7 +113,14 @@ def commit(staging: Path, target: Path) -> None:
     settle(target)
     fresh = not target.is_dir()
     destination = target if fresh else target / PENDING
-    os.rename(staging, destination)
+    try:
+        os.rename(staging, destination)
+    except OSError as error:
+        if error.errno not in _NOT_EMPTY:
+            raise
+        raise StoreError(
+            f"the graft was not saved to {target}: another save to it is running. Save again, or to another folder"
+        ) from error
     try:
         sync(destination.parent)
     except BaseException:
@@ -134,7 +153,7 @@ def settle(target: Path) -> None:
     try:
         pending.rmdir()
     except OSError as error:  # another process finished first, or committed its own save
-        if error.errno not in {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST}:
+        if error.errno not in {errno.ENOENT, *_NOT_EMPTY}:
             raise
 
 

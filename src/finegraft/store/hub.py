@@ -74,7 +74,7 @@ def push(
     """
     _require_repo_id(repo_id)
     hub = api or HfApi()
-    source = Path(path).resolve()
+    source = folder.as_path(path).resolve()
     read(source)
     try:
         folder.settle(source)

@@ -106,8 +106,8 @@ def _state(location: Path) -> list[tuple[str, tuple[int, ...] | None]]:
 
 
 def _existing_folder(path: str | os.PathLike[str]) -> Path:
+    location = folder.as_path(path)
     try:
-        location = Path(path)
         if location.is_dir():
             return location.resolve()
         exists = location.exists()

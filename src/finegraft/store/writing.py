@@ -30,10 +30,11 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], manifest: Ma
     Raises:
         StoreError: ``path`` holds something else, a tensor or value cannot be stored, or the disk is full.
     """
+    wanted = folder.as_path(path)
     require_storable(tensors)
     encode(manifest)  # reject what JSON cannot hold before the disk is touched
     try:
-        target = Path(path).resolve()
+        target = wanted.resolve()
         folder.require_replaceable(target)
         staging = folder.stage(target)
         try:

@@ -6,7 +6,7 @@ A checkpoint is a folder ``checkpoint-<step>``:
 ``trained.safetensors``    what trains: :meth:`Graft.state`
 ``optimizer.safetensors``  the optimizer's tensors, named ``<parameter number>/<name>``
 ``rng-<rank>.safetensors`` states of the random generators of one process
-``checkpoint.json``        the optimizer's and the scheduler's numbers, losses so far
+``checkpoint.json``        the optimizer's and the scheduler's numbers, losses so far, digests of all files
 ``trainer_state.json``     the training loop's counters and log
 =========================  ==========================================================
 
@@ -15,12 +15,13 @@ It appears under its name only when it is complete: it is written beside it and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,17 @@ from torch import Tensor
 
 from finegraft.errors import StoreError
 
-FORMAT = 1
+FORMAT = 2
 TRAINED, OPTIMIZER, FACTS, LOOP_STATE = (
     "trained.safetensors",
     "optimizer.safetensors",
     "checkpoint.json",
     "trainer_state.json",
 )
+_FILES = (TRAINED, OPTIMIZER, FACTS, LOOP_STATE)
 _NAME = re.compile(r"checkpoint-(\d+)")
+_WAYS_ON = "delete that checkpoint to resume from an earlier one, or start afresh"
+_RANDOM = re.compile(r"rng-\d+\.safetensors")
 
 
 @contextmanager
@@ -88,7 +92,22 @@ def keep_newest(folder: Path, count: int) -> None:
     """Deletes all but the ``count`` newest checkpoints of a run."""
     existing = checkpoints(folder)
     for path in existing[: len(existing) - count]:
-        shutil.rmtree(path)
+        remove_checkpoint(path)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Deletes the files of a checkpoint, and the folder unless it holds others."""
+    remove_files(folder, [file.name for file in folder.iterdir() if file.name in _FILES or _RANDOM.match(file.name)])
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Deletes files by name where they exist, and then the folder if nothing is left in it; links are not followed."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -105,23 +124,53 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise StoreError(f"cannot read {path}: {error}; resume from an earlier checkpoint or start afresh") from error
+        raise StoreError(f"cannot read {path}: {error}; {_WAYS_ON}") from error
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Writes the numbers of a checkpoint, with digests of them and of all files that are there already."""
+    digests = {file.name: _digest(file) for file in sorted(folder.iterdir())}
+    sealed = {"format": FORMAT, "sha256": digests | {FACTS: digest_of(facts)}, "facts": facts}
+    (folder / FACTS).write_text(json.dumps(sealed))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """The numbers of a checkpoint.
+    """The numbers of a checkpoint, all of whose files are as they were written.
 
     Raises:
-        StoreError: the file is missing or damaged, or of a format that this version does not know.
+        StoreError: a file is missing or damaged, or of a format that this version does not know.
     """
     path = folder / FACTS
     try:
-        facts = json.loads(path.read_text())
+        sealed = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StoreError(f"cannot read {path}: {error}; resume from an earlier checkpoint or start afresh") from error
-    if facts.get("format") != FORMAT:
-        raise StoreError(f"{path} has format {facts.get('format')!r}; this version of finegraft reads format {FORMAT}")
+        raise StoreError(f"cannot read {path}: {error}; {_WAYS_ON}") from error
+    found = sealed.get("format") if isinstance(sealed, dict) else None
+    if found != FORMAT:
+        raise StoreError(f"{path} has format {found!r}; this version of finegraft reads format {FORMAT}")
+    facts, digests = sealed.get("facts"), sealed.get("sha256")
+    if not isinstance(digests, dict) or digests.get(FACTS) != digest_of(facts):
+        raise StoreError(f"{path} is damaged; {_WAYS_ON}")
+    for name in sorted({*_FILES, *digests} - {FACTS}):
+        if digests.get(name) != _digest(folder / name):
+            raise StoreError(f"{folder / name} is damaged; {_WAYS_ON}")
     return facts
+
+
+def digest_of(data: Any) -> str:
+    """SHA-256 of data as JSON; that of what reading the JSON gives is the same."""
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}; {_WAYS_ON}") from error
+    return digest.hexdigest()
 
 
 def split_optimizer_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

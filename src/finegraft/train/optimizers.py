@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from finegraft.errors import RecipeError
 from finegraft.recipe import Train
 from finegraft.registry import nearest
 
+_UNUSABLE = {
+    "lbfgs": "computes the loss several times in a step",
+    "sparseadam": "takes sparse gradients only",
+}
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -21,7 +26,8 @@ def make_optimizer(train: Train, groups: list[dict[str, Any]]) -> Optimizer:
     """The recipe's optimizer over groups of parameters, each with its own ``lr`` and ``weight_decay``.
 
     Raises:
-        RecipeError: no optimizer of ``torch.optim`` has this name.
+        RecipeError: no optimizer of ``torch.optim`` has this name, it cannot train a graft, or it refuses the
+            settings or the parameters.
     """
     known = {
         name.lower(): value
@@ -30,11 +36,18 @@ def make_optimizer(train: Train, groups: list[dict[str, Any]]) -> Optimizer:
     }
     if train.optimizer not in known:
         raise RecipeError(f"unknown optimizer {train.optimizer!r}; {nearest(train.optimizer, sorted(known))}")
+    if train.optimizer in _UNUSABLE:
+        raise RecipeError(
+            f"optimizer {train.optimizer!r} {_UNUSABLE[train.optimizer]} and cannot train a graft; use adamw"
+        )
     optimizer = known[train.optimizer]
     settings: dict[str, Any] = {"lr": train.lr}
     if "betas" in inspect.signature(optimizer).parameters:
         settings["betas"] = train.betas
-    return optimizer(groups, **settings)
+    try:
+        return optimizer(groups, **settings)
+    except ValueError as error:
+        raise RecipeError(f"optimizer {train.optimizer!r} cannot be used so: {error}") from error
 
 
 def training_arguments(
@@ -50,8 +63,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """Arguments of the training loop.
 
-    What :class:`finegraft.train.GraftTrainer` decides itself (when to save, evaluate and log, mixed
-    precision, file formats) is switched off in them.
+    What the trainer decides itself (when to save, evaluate and log, precision, formats) is off in them.
 
     Args:
         train: the recipe's training part: rate, warmup, schedule, clipping.
@@ -62,7 +74,11 @@ def training_arguments(
         gradient_accumulation: forward passes per optimizer step.
         seed: of all random numbers.
         report_to: experiment trackers, as Transformers names them.
+
+    Raises:
+        RecipeError: an unknown or absent tracker.
     """
+    _require_trackers(report_to)
     return TrainingArguments(
         output_dir=str(out),
         use_cpu=not torch.accelerator.is_available(),
@@ -84,3 +100,11 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def _require_trackers(names: tuple[str, ...]) -> None:
+    try:
+        for tracker in get_reporting_integration_callbacks(list(names)):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise RecipeError(f"train.report_to: {error}") from error

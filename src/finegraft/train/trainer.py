@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,18 +20,19 @@ from finegraft.errors import StoreError, TrainingError
 from finegraft.grafting import Graft
 from finegraft.train.cadence import Cadence
 from finegraft.train.checkpoint import (
-    FACTS,
-    FORMAT,
     LOOP_STATE,
     OPTIMIZER,
     TRAINED,
+    checkpoints,
     complete_or_absent,
+    digest_of,
     join_optimizer_state,
     keep_newest,
     read_facts,
     read_tensors,
     restore_random_state,
     split_optimizer_state,
+    write_facts,
     write_random_state,
     write_tensors,
 )
@@ -93,6 +92,7 @@ class GraftTrainer(Trainer):
         self.losses: list[float] = []
         self.evaluations: list[dict[str, float]] = []
         self.seconds = 0.0
+        self._resumed: dict[str, Any] = {}
         self._lengths, self._evaluation = list(lengths), evaluation
         self._step_loss: Tensor | float = 0.0
         self._out = Path(args.output_dir or ".")
@@ -114,9 +114,11 @@ class GraftTrainer(Trainer):
             TrainingInterrupted: Ctrl-C; a checkpoint of the last step is in ``args.output_dir``.
             StoreError: a checkpoint that cannot be written or read, or that is not of this training.
         """
-        if resume_from_checkpoint is not None and self._is_finished(Path(resume_from_checkpoint)):
-            self._load_from_checkpoint(str(resume_from_checkpoint))
-            return None
+        if resume_from_checkpoint is not None:
+            self._resumed = read_facts(Path(resume_from_checkpoint))
+            if self._is_finished(Path(resume_from_checkpoint)):
+                self._load_from_checkpoint(str(resume_from_checkpoint))
+                return None
         origin = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
         self._began = time.monotonic()
         try:
@@ -206,8 +208,8 @@ class GraftTrainer(Trainer):
             self._save_with_others()
             return
         with complete_or_absent(self._checkpoint_folder()) as folder:
-            self._write_checkpoint(folder)
             write_random_state(folder, 0)
+            self._write_checkpoint(folder)
         keep_newest(self._out, _CHECKPOINTS_KEPT)
 
     def _save_with_others(self) -> None:
@@ -217,9 +219,9 @@ class GraftTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             with complete_or_absent(self._checkpoint_folder()) as folder:
-                self._write_checkpoint(folder)
                 for file in shared.iterdir():
                     file.rename(folder / file.name)
+                self._write_checkpoint(folder)
             shared.rmdir()
             keep_newest(self._out, _CHECKPOINTS_KEPT)
         self.accelerator.wait_for_everyone()
@@ -231,7 +233,6 @@ class GraftTrainer(Trainer):
         tensors, optimizer = split_optimizer_state(self.optimizer.state_dict())
         write_tensors(folder / OPTIMIZER, tensors)
         facts = {
-            "format": FORMAT,
             "data": self._data_digest(),
             "optimizer": optimizer,
             "scheduler": self.lr_scheduler.state_dict(),
@@ -239,16 +240,15 @@ class GraftTrainer(Trainer):
             "losses": self.losses,
             "evaluations": self.evaluations,
         }
-        (folder / FACTS).write_text(json.dumps(facts))
         self.state.save_to_json(str(folder / LOOP_STATE))
+        write_facts(folder, facts)
 
     def _is_finished(self, folder: Path) -> bool:
         state = _loop_state(folder)
         return state.global_step >= state.max_steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        facts = read_facts(folder)
+        folder, facts = Path(resume_from_checkpoint), self._resumed
         if facts["data"] != self._data_digest():
             raise StoreError(f"{folder} was made with other training rows; restore the data, or start afresh")
         self.graft.load_state(read_tensors(folder / TRAINED))
@@ -258,8 +258,7 @@ class GraftTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        folder = Path(checkpoint)
-        facts = read_facts(folder)
+        folder, facts = Path(checkpoint), self._resumed
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         self.optimizer.load_state_dict(join_optimizer_state(read_tensors(folder / OPTIMIZER), facts["optimizer"]))
@@ -270,7 +269,7 @@ class GraftTrainer(Trainer):
             restore_random_state(Path(checkpoint), self.args.process_index)
 
     def _data_digest(self) -> str:
-        return hashlib.sha256(json.dumps([int(length) for length in self._lengths]).encode()).hexdigest()
+        return digest_of([int(length) for length in self._lengths])
 
     def _not_a_number(self, loss: float, norm: float) -> str:
         step = self.state.global_step
@@ -295,8 +294,9 @@ class GraftTrainer(Trainer):
             alike = f"{half} with train.gradient_accumulation={accumulation * 2} trains alike"
             advice.append(f"train.batch_size (now {batch}; {alike})")
         advice.append(f"the length of the longest row (now {max(self._lengths)}) by task.max_length")
-        saved = f" Steps up to the newest checkpoint in {self.args.output_dir} are saved."
-        return f"out of memory at step {self.state.global_step + 1}: lower {', or '.join(advice)}.{saved}"
+        saved = checkpoints(self._out)
+        kept = f"; the steps up to {saved[-1]} are saved" if saved else ""
+        return f"out of memory at step {self.state.global_step + 1}: lower {', or '.join(advice)}{kept}"
 
 
 def _loop_state(folder: Path) -> TrainerState:
