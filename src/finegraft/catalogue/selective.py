@@ -28,7 +28,7 @@ method(
             "select": {"unit": "module", "density": 0.5},
         }
     ],
-    train={"lr": 1e-4},
+    train={"lr": 2e-4},
     note="One draw of half of the matrices; embeddings and norms stay frozen.",
 )
 method(

@@ -52,6 +52,7 @@ class Attachment(nn.Module):
         self.guards: set[str] = set()
         self.split: Split | None = None
         self.steady = False
+        self.attended = False
 
     def chain(self, name: str) -> Chain | None:
         """The chain of that name, if there is one."""
@@ -87,13 +88,19 @@ class Attachment(nn.Module):
     def _run(self, module: nn.Module, call: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         for tap in self.taps.values():
             tap.x = _first(args, kwargs)
-        layer, sublayer = self.chain("layer"), self.chain("sublayer")
+        layer, sublayer, attention = self.chain("layer"), self.chain("sublayer"), self.chain("attention")
+        self.attended = False
         if layer is not None:
             refresh(*layer.writer(module))
         if layer is None or not layer.acts:
             result = call(*args, **kwargs)
         else:
             result = layer.run(module, _Call(call, args, kwargs), _first(args, kwargs))
+        if attention is not None and attention.acts and not self.attended:
+            raise SiteError(
+                f"a {type(module).__name__} ran without its grafted attention call: another attention function was set "
+                "in Transformers' registry after grafting. Set it first, then graft"
+            )
         if self.ends is None:
             return result
         x = self.ends.take()

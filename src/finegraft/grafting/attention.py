@@ -22,7 +22,10 @@ def stand_in_between() -> None:
     for name in {*ALL_ATTENTION_FUNCTIONS, "eager"}:
         function = ALL_ATTENTION_FUNCTIONS.get(name)
         if not hasattr(function, "finegraft_inside"):
-            ALL_ATTENTION_FUNCTIONS.register(name, _between(name, function))
+            between = _between(name, function)
+            ALL_ATTENTION_FUNCTIONS.register(name, between)
+            if ALL_ATTENTION_FUNCTIONS.get(name) is not between:  # somebody set a function of this name over all others
+                ALL_ATTENTION_FUNCTIONS[name] = between
 
 
 def _between(name: str, function: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -32,12 +35,13 @@ def _between(name: str, function: Callable[..., Any] | None) -> Callable[..., An
         inner = _own_eager(module) if function is None else function
         attachment = attachment_of(module)
         chain = None if attachment is None else attachment.chain("attention")
-        if chain is None or not chain.acts:
+        if attachment is None or chain is None or not chain.acts:
             return inner(module, query, key, value, mask, **settings)
         if name not in _PLAIN:
             raise SiteError(
                 f"attention implementation {name!r} takes no prefix: load the model with attn_implementation='sdpa'"
             )
+        attachment.attended = True
         if settings.get("is_causal") is None:
             settings["is_causal"] = getattr(module, "is_causal", True)
         return _run(chain, partial(inner, module), (query, key, value, mask), settings)

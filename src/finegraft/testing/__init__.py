@@ -1,14 +1,16 @@
 """The laws that every kind of change and every method must keep: a conformance suite that any package can run.
 
 ``check_kind("my-kind")`` and ``check_method("my-method", build)`` hold a registered kind or method against all of them;
-``capabilities()`` finds out what each method can do. The checks need the packages ``hypothesis`` and ``pytest`` of the
-extra ``dev``; the rest needs nothing beyond finegraft.
+``capabilities()`` finds out what each method can do. The checks draw settings with hypothesis, of the extra
+``testing``; the rest needs nothing beyond finegraft.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
+
+from finegraft.errors import MissingExtra
 
 _PLACES = {
     "BASES": "finegraft.testing.bases",
@@ -29,7 +31,14 @@ __all__ = sorted(_PLACES)
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'finegraft.testing' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    try:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        raise MissingExtra(
+            f"finegraft.testing.{name} needs hypothesis: install it with pip install 'finegraft[testing]'"
+        ) from None
 
 
 def __dir__() -> list[str]:
