@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from finegraft.errors import NotMergeable, RecipeError, SiteError
-from finegraft.grafting import graft, grafts, merge, route, writing
+from finegraft.grafting import graft, grafts, load, merge, route, writing
 from tests.models import zoo
 
 LORA = {"rank": 2, "heads": "none"}
@@ -215,8 +215,12 @@ def test_what_cannot_carry_a_graft_is_refused(bert):
         graft(normed, {"parts": [{"where": {"type": "linear"}, "what": {"kind": "low-rank", "rank": 2}}]})
 
 
-def test_the_wrapper_of_compile_is_looked_through(bert):
-    model, _ = bert
+def test_the_wrapper_of_compile_is_looked_through(bert, tmp_path):
+    model, batch = bert
     made = trained(graft(torch.compile(model, backend="eager"), "lora", **LORA))
     assert grafts(model) == [made]
+    expected = zoo.output(model(**batch))
+    path = made.save(tmp_path / "graft")
     made.detach()
+    load(path, torch.compile(model, backend="eager"))
+    assert torch.equal(zoo.output(model(**batch)), expected)

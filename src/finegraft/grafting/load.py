@@ -16,7 +16,7 @@ from finegraft.errors import BaseMismatch, FinegraftError, SiteError, StoreError
 from finegraft.grafting.attach import place
 from finegraft.grafting.graft import Graft
 from finegraft.grafting.slot import changes_nothing, checked_slot
-from finegraft.grafting.stack import Stack, stack_of
+from finegraft.grafting.stack import Stack, bare, stack_of
 from finegraft.locate.collection import Sites
 from finegraft.locate.find import exactly, sites
 from finegraft.locate.site import Site
@@ -44,6 +44,7 @@ def load(path: str | Path, model: nn.Module, *, trainable: bool = False) -> Graf
     if not manifest.sites:
         raise StoreError(f"{path}: the graft changes nothing, its manifest lists no sites")
     recipe = _recipe(manifest)
+    model = bare(model)
     stack = stack_of(model) or Stack(model)
     check(manifest.fingerprint, stack.base)
     found = _sites(model, recipe)
