@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from finegraft.train.interruption import TrainingInterrupted
+from finegraft.train.processes import end_processes
 from tests.train.test_trainer import AtStep, press_ctrl_c, trainer_in
 
 
@@ -25,8 +27,10 @@ def main(folder: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert whole.losses == resumed.losses
     assert (len(whole.losses), whole.args.world_size) == (9, 2)
-    print("the same bits")
+    print("the same bits", flush=True)
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_processes()
+    os._exit(0)  # gloo's threads may abort an interpreter that ends in the ordinary way
