@@ -308,6 +308,21 @@ class TestLottery:
         loop.run()
         assert {slot.site: len(slot.index) for slot in slots_of(loop)} == counts
 
+    def test_the_dense_phase_has_a_rate_of_its_own(self):
+        loop = self.loop(dense_rate=0.25)
+        (group,) = (group for group in loop.optimizer.param_groups if group["name"] == "change")
+        rates, step = [], loop.optimizer.step
+
+        def noting(*args, **kwargs):
+            rates.append(group["lr"])
+            return step(*args, **kwargs)
+
+        loop.optimizer.step = noting
+        loop.run()
+        half = len(rates) // 2
+        assert rates == [0.005] * half + [0.02] * (len(rates) - half)
+        assert "full_lr" not in group
+
     def test_grafts_of_it_compose_by_addition(self):
         model, _ = TEXT.build()
         base = {n: p.detach().clone() for n, p in model.named_parameters()}

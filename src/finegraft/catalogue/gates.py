@@ -28,7 +28,7 @@ method(
     "https://arxiv.org/abs/2412.12951",
     parts=[{"where": LINEAR, "what": ["bias", "gate"]}],
     control=["gate-sparsity"],
-    train={"lr": 1e-3, "schedule": "constant"},
+    train={"lr": 3e-3, "schedule": "constant"},
     note="finegraft merge removes what the gates close, which takes a gate some 1,500 steps at this rate. Layers "
     "without a bias get one that starts at zero; gate=hard-concrete takes the gates of Louizos et al. 2018, "
     "arXiv:1712.01312.",
@@ -39,7 +39,7 @@ method(
     2026,
     "https://arxiv.org/abs/2602.11726",
     parts=[{"where": {"role": "down", "type": "linear"}, "what": "threshold-gate"}],
-    train={"lr": 1e-2},
+    train={"lr": 3e-2},
     note="Made from the abstract alone: per-neuron thresholds and gains, and a smooth gate that can be hardened. The "
     "gate's formula, temperature and start are ours. hard=true hardens it in evaluation.",
 )
@@ -115,7 +115,7 @@ method(
         {"where": {"role": ["k?", "v?", "qkv?"], "type": "linear"}, "what": {"kind": "scale-shift"}},
         {"where": {"role": "down", "type": ["linear?", "tensor?"]}, "what": {"kind": "scale-shift", "side": "in"}},
     ],
-    train={"lr": 3e-3, "betas": [0.0, 0.999]},
+    train={"lr": 1e-2, "betas": [0.0, 0.999]},
     note="(IA)^3 with the recipe's rate. Its losses of several choices are finegraft.train.choices.choice_loss, for a "
     "loop of your own. Adam without momentum stands for Adafactor, whose steps are relative to a tensor's size: the "
     "paper's vectors start at one, ours are differences that start at zero.",

@@ -45,7 +45,7 @@ method(
         }
     ],
     control=["importance-sampling"],
-    train={"lr": 1e-3},
+    train={"lr": 3e-3},
     note="LoRA with a quarter of the blocks in training at a time; any other kind in the blocks will do. Blocks are "
     "tried out on a batch of the training, after its backward pass.",
 )

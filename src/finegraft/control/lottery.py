@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Int
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from finegraft.control.controller import Controller
@@ -32,6 +34,7 @@ class Lottery(Controller):
         phase: share of all steps in which everything trains; in several rounds they share it.
         together: whether all sites of a part compete for what their budgets add up to, or each has its own.
         rounds: how often; each adds an equal part of the budget, and later ones do not choose what earlier ones did.
+        dense_rate: learning rate of the chosen sites while everything trains, as a share of what they have later.
     """
 
     kind = "lottery"
@@ -39,6 +42,7 @@ class Lottery(Controller):
     phase: Share = 0.5
     together: bool = True
     rounds: PositiveInt = 1
+    dense_rate: PositiveFloat = 1.0
 
     def start(self, run: Run) -> None:
         slots = _slots(run)
@@ -59,7 +63,17 @@ class Lottery(Controller):
             run.memory[f"ticket/{slot.key}"] = slot.index[:0]
             move(run.graft, slot, _everything(run, slot), dropped="revert", optimizer=run.optimizer)
 
+    def before_update(self, run: Run) -> None:
+        if run.step < self._ends(run.total_steps)[-1]:
+            for group in _groups(run):
+                group["full_lr"], group["lr"] = group["lr"], group["lr"] * self.dense_rate
+
     def after_step(self, run: Run) -> None:
+        for group in _groups(run):
+            full = group.pop("full_lr", None)
+            # Where a scheduler has set the next step's rate since, that one stays
+            if full is not None and group["lr"] == full * self.dense_rate:
+                group["lr"] = full
         ends = self._ends(run.total_steps)
         if run.step not in ends:
             return
@@ -136,6 +150,11 @@ def _budgets(run: Run, slots: list[Slot]) -> list[int]:
 def _everything(run: Run, slot: Slot) -> Tensor:
     number = slot.delta.units(slot.index).number(run.graft.placement_of(slot).site.matrix_shape)
     return torch.arange(number, device=slot.index.device)
+
+
+def _groups(run: Run) -> list[dict[str, Any]]:
+    own = {id(slot.values) for slot in _slots(run)}
+    return [group for group in run.optimizer.param_groups if own & {id(p) for p in group["params"]}]
 
 
 def _slots(run: Run) -> list[Slot]:
