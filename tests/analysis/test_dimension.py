@@ -15,6 +15,7 @@ from finegraft.analysis.dimension import conclusion, dimension_table, intrinsic_
 from finegraft.analysis.repeated import FinishedRun
 from finegraft.errors import RecipeError
 from finegraft.run.config import TuneConfig
+from finegraft.run.config_file import as_config
 from finegraft.train.interruption import TrainingInterrupted
 from tests.analysis.conftest import Configure
 
@@ -44,7 +45,7 @@ def test_a_goal_out_of_reach_is_told_after_the_largest_number() -> None:
     "settings", [{"start": 0}, {"start": 2000}, {"factor": 1.0}, {"resolution": 1.0}, {"factor": math.nan}]
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="has to lie between 1 and"):
+    with pytest.raises(RecipeError, match="has to lie between 1 and|are numbers above 1"):
         smallest_enough(lambda n: True, **{"start": 16, "factor": 4, "most": 1000, "resolution": 1.25} | settings)
 
 
@@ -160,3 +161,15 @@ def test_what_cannot_be_searched_is_refused(
     stand_in(half_at=30.0)
     with pytest.raises(RecipeError, match=message):
         intrinsic_dimension(configure(), **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"factor": 1.0}, {"factor": math.inf}, {"start": 8, "most": 4}, {"resolution": 0.5}]
+)
+def test_a_grid_that_goes_nowhere_is_refused_before_anything_is_trained(
+    configure: Configure, settings: dict[str, Any]
+) -> None:
+    config = configure()
+    with pytest.raises(RecipeError, match="has to lie between 1 and|are numbers above 1"):
+        intrinsic_dimension(config, **settings)
+    assert not Path(as_config(config).out).exists()

@@ -167,6 +167,9 @@ def test_what_is_no_state_of_the_base_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match="was not tuned for classification"):
         localize(text_base, text_base, run["config"], out=tmp_path / "skill")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match="neither a tuned model nor a graft"):
+        localize(tmp_path / "empty", text_base, run["config"], out=tmp_path / "skill")
     with pytest.raises(BaseMismatch, match="does not differ from the base"):
         localize(run["merged"], run["merged"], run["config"], out=tmp_path / "skill")
     (tmp_path / "skill").mkdir()

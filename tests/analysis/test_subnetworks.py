@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def test_it_is_told_by_tensor_role_and_layer(tuned_stories: Path) -> None:
     assert "they share" in overlap_statement(found)
 
 
-def test_a_negative_tolerance_is_refused() -> None:
+@pytest.mark.parametrize("tolerance", [-1, math.inf, math.nan])
+def test_a_tolerance_that_is_none_is_refused(tolerance: float) -> None:
     with pytest.raises(RecipeError, match="from 0 up"):
-        overlap(*states([drawn(0.1, 0)], [drawn(0.1, 1)]), tolerance=-1)
+        overlap(*states([drawn(0.1, 0)], [drawn(0.1, 1)]), tolerance=tolerance)

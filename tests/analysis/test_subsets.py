@@ -96,7 +96,7 @@ def test_preserved_is_the_score_on_other_rows(configure: Configure, tmp_path: Pa
         ({"groups": {"a": "nowhere.*"}}, "'nowhere.\\*' fits no site of the method"),
         ({"groups": {"a": "*query", "b": "*attention*"}}, "is in two groups, 'a' and 'b'"),
         ({"rewards": ["preserved"]}, "needs preserve="),
-        ({"rewards": ["bleu"], "trials": 1}, "no metric 'bleu'"),
+        ({"rewards": ["bleu"]}, "unknown reward 'bleu'; known: accuracy, f1"),
         ({"method": "head"}, "trains heads only"),
     ],
 )

@@ -8,7 +8,8 @@ import transformers as hf
 from torch import nn
 
 import finegraft as fg
-from finegraft.errors import SiteError
+from finegraft.errors import RecipeError, SiteError
+from finegraft.grafting.make import resolve
 from finegraft.locate.ops import op_for
 from finegraft.locate.query import depths_below_head
 from finegraft.registry import methods
@@ -171,3 +172,21 @@ def test_a_norm_that_adds_one_to_its_gain_starts_at_zero():
 
     for module, expected in ((GemmaRMSNorm(1), 0.0), (GemmaRMSNorm(0), 1.0), (nn.LayerNorm(6), 1.0)):
         assert op_for(module).unit_gain(module) == expected
+
+
+def test_a_decay_by_layers_needs_layers():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    graft = fg.graft(model, {"parts": [{"where": {"name": "0"}, "what": "full"}], "train": {"layer_decay": 0.9}})
+    with pytest.raises(RecipeError, match="the model has no blocks"):
+        graft.parameter_groups()
+
+
+def test_one_controller_alone_says_which_sites_train():
+    sampling = {"kind": "sample-blocks", "count": 1, "every": 2}
+    with pytest.raises(RecipeError, match="sample-blocks and importance-sampling would each say which sites train"):
+        resolve({"parts": [], "control": [sampling, "importance-sampling"]})
+
+
+def test_roles_that_always_train_are_roles():
+    with pytest.raises(RecipeError, match="always has the unknown role 'embeds'; did you mean 'embed'"):
+        resolve({"parts": [], "control": [{"kind": "sample-blocks", "count": 1, "every": 2, "always": ["embeds"]}]})

@@ -152,6 +152,18 @@ class TestAcrossTheModel:
         assert "left out, as nothing in them was chosen: steps.1" in made.report
         assert f"entries chosen: other {made.num_trainable} of 136" in made.report
 
+    def test_the_report_names_sites_that_got_another_change_instead(self):
+        part = {
+            "where": {"name": "steps.*"},
+            "what": "sparse",
+            "select": {"unit": "entry", "score": "magnitude", "density": 0.3},
+            "instead": {"what": {"kind": "low-rank", "rank": 1}, "share": 0.9},
+        }
+        made = graft(Regression(), {"parts": [part]})
+        other = [p.site.name for p in made.placements if p.slots[0].delta.kind == "low-rank"]
+        assert 0 < len(other) < 3
+        assert f"by another kind instead, as much of them was chosen: {', '.join(other)}" in made.report
+
     def test_draws_are_over_all_sites_together(self):
         model, _ = zoo.build("bert")
         places = list(sites(model).where(role="down"))

@@ -46,11 +46,7 @@ def smallest_enough(
         >>> smallest_enough(lambda n: n >= 50, start=8, factor=4, most=1000, resolution=1.01).number
         50
     """
-    if not (1 <= start <= most and factor > 1 and resolution > 1):
-        raise RecipeError(
-            f"start ({start}) has to lie between 1 and the largest number ({most}), and factor ({factor}) and "
-            f"resolution ({resolution}) above 1"
-        )
+    check_grid(start=start, factor=factor, most=most, resolution=resolution)
     tried: list[tuple[int, bool]] = []
 
     def reaches(number: int) -> bool:
@@ -67,6 +63,14 @@ def smallest_enough(
         else:
             low = middle
     return Smallest(high, low, tuple(tried))
+
+
+def check_grid(*, start: int, factor: float, most: int | None, resolution: float) -> None:
+    """Raise :class:`RecipeError` where settings of :func:`smallest_enough` are out of range."""
+    if not (1 <= start <= (start if most is None else most)):
+        raise RecipeError(f"start ({start}) has to lie between 1 and the largest number ({most})")
+    if not (1 < factor < math.inf and 1 < resolution < math.inf):
+        raise RecipeError(f"factor ({factor}) and resolution ({resolution}) are numbers above 1")
 
 
 def _bracket(reaches: Callable[[int], bool], start: int, factor: float, most: int) -> tuple[int, int | None]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from finegraft.analysis.bisection import smallest_enough
+from finegraft.analysis.bisection import check_grid, smallest_enough
 from finegraft.analysis.repeated import FinishedRun, Tell, run_once
 from finegraft.errors import RecipeError
 from finegraft.grafting.make import resolve
@@ -87,6 +87,7 @@ def intrinsic_dimension(
     """
     config = as_config(config)
     _check(share, baseline)
+    check_grid(start=start, factor=factor, most=most, resolution=resolution)
     runs = _Runs(config, _settings(config, start), full_lr, tell or (lambda line: None))
     full = runs.full()
     higher, (from_score, target) = full.metrics["higher_is_better"], runs.target(full, baseline, share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -127,8 +128,8 @@ def overlap(
         StoreError: tensors that cannot be read, or checkpoints that share none.
         RecipeError: a tolerance that is negative or no number.
     """
-    if not tolerance >= 0:
-        raise RecipeError(f"a tolerance is a number from 0 up, not {tolerance!r}")
+    if not 0 <= tolerance < math.inf:
+        raise RecipeError(f"a tolerance is a finite number from 0 up, not {tolerance!r}")
     to_first, to_second = pair(base, first), pair(base, second)
     in_first, in_second = (dict(compared_pairs(base, c, p)) for c, p in ((first, to_first), (second, to_second)))
     where = places({name: facts.shape for name, facts in base.tensors.items()})

@@ -26,6 +26,7 @@ from finegraft.locate import sites
 from finegraft.locate.collection import Sites
 from finegraft.locate.site import Site
 from finegraft.recipe import Recipe
+from finegraft.registry import nearest
 from finegraft.run.config import TuneConfig
 from finegraft.run.config_file import as_config
 from finegraft.run.evaluate import evaluate
@@ -236,6 +237,8 @@ def _measure(name: str, config: TuneConfig, preserve: str | None) -> Measured:
             raise RecipeError("the reward 'preserved' needs preserve=, rows that should not get worse")
         size = config.train.eval_batch_size
         return Measured(Reward(PRESERVED, higher), lambda run: evaluate(run.out, preserve, batch_size=size)[metric])
+    if name not in (metrics := SCORINGS[config.task.kind].metrics):
+        raise RecipeError(f"unknown reward {name!r}; {nearest(name, [*metrics, SHARE, PRESERVED, 'headline'])}")
     return Measured(Reward(name, name not in _LOWER_IS_BETTER), lambda run: run.metric(name))
 
 

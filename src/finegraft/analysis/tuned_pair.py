@@ -115,7 +115,11 @@ def _tuned_model(tuned: str, base: str, config: TuneConfig, tables: Tables) -> t
         trained = load_trained(tuned, base=base)
         return merge(trained.model), trained.labels
     labels = label_names(config.task, tables)
-    known = getattr(transformers.AutoConfig.from_pretrained(find_base(tuned)), "id2label", None) or {}
+    try:
+        described = transformers.AutoConfig.from_pretrained(find_base(tuned))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{tuned} is neither a tuned model nor a graft: {error}") from error
+    known = getattr(described, "id2label", None) or {}
     if labels is not None and set(known.values()) == set(labels):
         labels = [known[place] for place in sorted(known)]
     found = load_base(tuned, config.task, labels=labels, seed=config.seed)

@@ -16,10 +16,12 @@ class Controller(Spec):
     Attributes:
         kind: the name in recipes; set by the class.
         alternatives: fields of which one is given; overriding one of them in a recipe leaves out the others.
+        freezes_sites: whether it says, step by step, which sites train; a recipe has one such controller at most.
     """
 
     kind: ClassVar[str]
     alternatives: ClassVar[tuple[str, ...]] = ()
+    freezes_sites: ClassVar[bool] = False
 
     def start(self, run: Run) -> None:
         """Before the first step; not on resuming."""

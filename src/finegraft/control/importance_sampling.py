@@ -44,6 +44,7 @@ class ImportanceSampling(Controller):
     """
 
     kind = "importance-sampling"
+    freezes_sites = True
 
     share: Annotated[float, Field(gt=0, le=1)] = 0.25
     every: PositiveInt = 10

@@ -41,6 +41,7 @@ class Phases(Controller):
     """
 
     kind = "phases"
+    freezes_sites = True
 
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
     times: Annotated[int, Field(gt=0, le=100_000)] = 1

@@ -14,8 +14,9 @@ from finegraft.control.controller import Controller
 from finegraft.control.run import Run
 from finegraft.errors import RecipeError
 from finegraft.grafting import Graft
+from finegraft.locate.roles import ROLES
 from finegraft.recipe import Select
-from finegraft.registry import controllers
+from finegraft.registry import controllers, nearest
 from finegraft.select.whole_sites import choose_sites
 
 
@@ -40,6 +41,7 @@ class SampleBlocks(Controller):
     """
 
     kind = "sample-blocks"
+    freezes_sites = True
 
     unit: Literal["block", "matrix"] = "block"
     count: PositiveInt | None = None
@@ -56,6 +58,8 @@ class SampleBlocks(Controller):
                 raise ValueError(f"give exactly one of {one} and {other}")
         if self.unit == "matrix" and (self.share is None or self.importance is not None):
             raise ValueError("unit 'matrix' takes a share of each block's matrices, not count or importance")
+        if strange := [role for role in self.always if role not in ROLES]:
+            raise ValueError(f"always has the unknown role {strange[0]!r}; {nearest(strange[0], list(ROLES))}")
         return self
 
     def before_step(self, run: Run) -> None:

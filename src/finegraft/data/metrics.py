@@ -22,12 +22,17 @@ IGNORED = -100  # what torch's cross entropy, Transformers' models and its Train
 
 @dataclass(frozen=True)
 class Scoring:
-    """The pair of functions above, and the metric that decides."""
+    """The pair of functions above, and the names of what ``score`` gives, the one that decides first."""
 
     reduce: Callable[[Any, Tensor], Tensor]
     score: Callable[[np.ndarray, np.ndarray], dict[str, float]]
-    headline: str
+    metrics: tuple[str, ...]
     higher_is_better: bool = True
+
+    @property
+    def headline(self) -> str:
+        """The metric that decides."""
+        return self.metrics[0]
 
 
 def join(batches: Sequence[np.ndarray]) -> np.ndarray:
@@ -126,12 +131,12 @@ def _partner_scores(predictions: np.ndarray, labels: np.ndarray) -> dict[str, fl
 
 
 SCORINGS: dict[str, Scoring] = {
-    "classification": Scoring(_keep, _class_scores, "accuracy"),
-    "image-classification": Scoring(_keep, _class_scores, "accuracy"),
-    "regression": Scoring(_squeeze, _number_scores, "spearman"),
-    "token-classification": Scoring(_most_likely, _word_scores, "f1"),
-    "causal-lm": Scoring(_summed_loss, _language_scores, "perplexity", higher_is_better=False),
-    "sentence-embedding": Scoring(_squeeze, _number_scores, "spearman"),
+    "classification": Scoring(_keep, _class_scores, ("accuracy", "f1")),
+    "image-classification": Scoring(_keep, _class_scores, ("accuracy", "f1")),
+    "regression": Scoring(_squeeze, _number_scores, ("spearman", "pearson", "mse")),
+    "token-classification": Scoring(_most_likely, _word_scores, ("f1", "accuracy")),
+    "causal-lm": Scoring(_summed_loss, _language_scores, ("perplexity", "loss"), higher_is_better=False),
+    "sentence-embedding": Scoring(_squeeze, _number_scores, ("spearman", "pearson", "mse")),
 }
 # pairs without a score: how often the partner is the most similar text of its batch
-PARTNERS = Scoring(_partner_found, _partner_scores, "accuracy")
+PARTNERS = Scoring(_partner_found, _partner_scores, ("accuracy",))

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from finegraft.errors import SiteError
 from finegraft.locate.site import Site
 from finegraft.recipe import Select
 from finegraft.registry import scores
@@ -78,6 +79,8 @@ def magnitude(site: Site, select: Select, rng: torch.Generator, statistic: Any =
 @score("low-rank-magnitude")
 def low_rank_magnitude(site: Site, select: Select, rng: torch.Generator, statistic: Any = None) -> Scores:
     """``|W_r|`` for the best approximation of rank ``filter_rank`` (LIFT, Liu et al. 2025, arXiv:2506.00772)."""
+    if not bool(site.weight.isfinite().all()):
+        raise SiteError(f"the weight of {site.name!r} is not finite everywhere, so it has no part of low rank")
     return low_rank_part(site.weight, select.filter_rank, rng).abs()
 
 
