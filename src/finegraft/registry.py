@@ -91,6 +91,7 @@ def _origin(entry: object) -> str:
 
 kinds: Registry = Registry("kind", package="finegraft.deltas", group="finegraft.kinds")
 inits: Registry = Registry("init", package="finegraft.inits", group="finegraft.inits")
+quantisers: Registry = Registry("quantiser", package="finegraft.quantised", group="finegraft.quantisers")
 controllers: Registry = Registry("controller", package="finegraft.control", group="finegraft.controllers")
 scores: Registry = Registry("score", package="finegraft.select", group="finegraft.scores")
 optimizers: Registry = Registry("optimizer", package="finegraft.train.updates", group="finegraft.optimizers")

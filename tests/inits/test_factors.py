@@ -25,7 +25,7 @@ def start(name, site, seed=0):
     return inits[name](site, RANK, SCALE, torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", list(inits))
+@pytest.mark.parametrize("name", [n for n in inits if inits[n].needs is None])
 def test_shapes_and_seeds(name, site):
     a, b = start(name, site)
     assert (a.shape, b.shape) == ((RANK, IN), (OUT, RANK))

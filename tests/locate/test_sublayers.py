@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import modeling_utils
 
+from finegraft.grafting.make import graft
 from finegraft.locate import sites
 from tests.models import zoo
 
@@ -23,7 +24,7 @@ ENDS = {
     },
     "llama": {
         "model.layers.{}.attn": ("self_attn.q_proj", "self_attn.o_proj"),
-        "model.layers.{}.ffn": ("mlp.gate_proj", "mlp.down_proj"),
+        "model.layers.{}.ffn": ("mlp", "mlp"),
     },
     "gpt2": {
         "transformer.h.{}.attn.sublayer": ("attn.c_attn", "attn.c_proj"),
@@ -47,10 +48,10 @@ ENDS = {
     },
     "t5-gated": {
         "encoder.block.{}.attn": ("layer.0.SelfAttention.q", "layer.0.SelfAttention.o"),
-        "encoder.block.{}.ffn": ("layer.1.DenseReluDense.wi_0", "layer.1.DenseReluDense.wo"),
+        "encoder.block.{}.ffn": ("layer.1.DenseReluDense", "layer.1.DenseReluDense"),
         "decoder.block.{}.attn": ("layer.0.SelfAttention.q", "layer.0.SelfAttention.o"),
         "decoder.block.{}.cross_attn": ("layer.1.EncDecAttention.q", "layer.1.EncDecAttention.o"),
-        "decoder.block.{}.ffn": ("layer.2.DenseReluDense.wi_0", "layer.2.DenseReluDense.wo"),
+        "decoder.block.{}.ffn": ("layer.2.DenseReluDense", "layer.2.DenseReluDense"),
     },
     "vit": {
         "vit.layers.{}.attn": ("attention.q_proj", "attention.o_proj"),
@@ -205,3 +206,29 @@ def test_both_attentions_of_a_decoder_are_found():
         "decoder.block.1.layer.0.SelfAttention",
         "decoder.block.1.layer.1.EncDecAttention",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("bert", ["bert.encoder.layer.0", "bert.encoder.layer.1"]),
+        ("llama", ["model.layers.0", "model.layers.1"]),
+        ("t5-gated", []),  # its first block works out positions for all others
+        ("resnet", []),
+    ],
+)
+def test_blocks_take_and_give_hidden_states(name, blocks):
+    model, _ = zoo.build(name)
+    found = [site for site in sites(model) if site.type == "block"]
+    assert [site.name for site in found] == blocks
+    for site in found:
+        assert site.entry is site.module is model.get_submodule(site.name)
+        assert (site.kind, site.role, site.inputs, site.channels) == ("block", "block", 32, 32)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5-gated", "mixtral"])
+def test_sublayers_of_a_grafted_model_are_those_of_the_base(name):
+    model, _ = zoo.build(name)
+    before = [(site.name, site.entry, site.module) for site in sites(model)]
+    graft(model, {"parts": [{"where": {"role": ["ffn", "attn"]}, "what": "bottleneck"}], "heads": "none"})
+    assert [(site.name, site.entry, site.module) for site in sites(model)] == before

@@ -78,7 +78,12 @@ class TestFits:
     def test_types_and_kinds(self):
         assert {site.type for site in BERT.where(type=["norm", "embedding"])} == {"norm", "embedding"}
         assert {site.kind for site in BERT.where(kind=["sublayer", "layer"])} == {"sublayer", "layer"}
-        assert {site.kind for site in BERT.where(kind="!layer")} == {"sublayer", "attention"}
+        assert {site.kind for site in BERT.where(kind=["!layer", "!network"])} == {
+            "sublayer",
+            "block",
+            "attention",
+            "input",
+        }
 
     def test_sublayers_and_attention_calls_come_when_asked_for(self):
         assert _names(BERT.where(role="attn")) == [f"{LAYER}.0.attn", f"{LAYER}.1.attn"]

@@ -14,7 +14,7 @@ from finegraft.deltas.replacement import Replacement
 from finegraft.errors import SiteError
 from finegraft.grafting import Graft
 from finegraft.grafting.attach import place
-from finegraft.grafting.slot import Slot, fresh_tensors
+from finegraft.grafting.slot import Slot, fresh_slot
 from finegraft.grafting.stack import Stack, stack_of
 from finegraft.locate import sites
 from finegraft.locate.site import Site
@@ -60,19 +60,21 @@ def graft_on_entries(
     chosen = {site: index for site, index in entries.items() if len(index)}
     if not chosen:
         raise SiteError("there are no entries to put a graft on")
-    delta = kinds["sparse"](unit="entry")
+    delta, stack = kinds["sparse"](unit="entry"), stack_of(model) or Stack(model)
     slots: list[tuple[Site, list[Slot]]] = []
     for site_name, index in chosen.items():
         site = replace(found[site_name], chosen=index.to(torch.int64).cpu())
         if flaw := Units("entry", site.chosen).flaw(site.matrix_shape):
             raise SiteError(f"{site_name!r}: the entries do not fit: {flaw}")
-        slot = Slot(delta, site, (0, 0), fresh_tensors(delta, site, (0, 0), seed))
+        slot = fresh_slot(delta, site, (0, 0), seed, stack.working)
         if values is not None:
             with torch.no_grad():
                 slot.get_parameter("values").copy_(values[site_name])
         slots.append((site, [slot]))
     if heads:
-        slots += [(site, [_head(site, seed)]) for site in found if site.role == "head" and site.parameter is not None]
+        slots += [
+            (site, [_head(site, seed, stack)]) for site in found if site.role == "head" and site.parameter is not None
+        ]
     total = sum(site.weight.numel() for site, _ in slots[: len(chosen)])
     share = max(sum(map(len, chosen.values())) / total, 1e-12)
     recipe = Recipe.parse(
@@ -90,9 +92,8 @@ def graft_on_entries(
             **about,
         }
     )
-    return place(stack_of(model) or Stack(model), recipe, seed, slots)
+    return place(stack, recipe, seed, slots)
 
 
-def _head(site: Site, seed: int) -> Slot:
-    kind = Replacement()
-    return Slot(kind, site, (1, 0), fresh_tensors(kind, site, (1, 0), seed))
+def _head(site: Site, seed: int, stack: Stack) -> Slot:
+    return fresh_slot(Replacement(), site, (1, 0), seed, stack.working)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finegraft.deltas.delta import Delta, Layer
 from finegraft.deltas.rebuilding import rebuilding_weight
+from finegraft.locate.low_rank_linear import add_low_rank
 
 MATRICES = ("linear", "conv", "embedding", "tensor")
 """Site types with a matrix of two axes."""
@@ -64,10 +65,32 @@ class Factored(Delta):
     def factors(self, p: Any) -> tuple[Float[Tensor, "*batch rank in"], Float[Tensor, "*batch out rank"]]:
         """``A`` and ``B``."""
 
+    def inner_width(self, p: Any) -> int:
+        """Width of the factors, for kinds where it can be so large that a dense product takes less; 0 for others."""
+        return 0
+
     def weight(self, p: Any, w: Tensor) -> Tensor:
         a, b = self.factors(p)
         return w + (b @ a).to(w.dtype)
 
     def forward(self, p: Any, layer: Layer, x: Tensor) -> Tensor:
+        if self.dense_takes_less(p, layer, x):
+            return rebuilding_weight(self, p, layer, x)
         a, b = self.factors(p)
+        if self.inner_width(p) and layer.op.type == "linear":
+            # Factors that may be as large as weights are made again in backward, instead of being kept.
+            return add_low_rank(x, layer(x), a, b, scale=1.0, remake=lambda: self.factors(p))
         return layer.op.add_low_rank(layer.module, x, layer(x), a, b, scale=1.0, dropout=0.0)
+
+    def dense_takes_less(self, p: Any, layer: Layer, x: Tensor) -> bool:
+        """Whether a training step on ``x`` multiplies less with the dense sum of the weight and ``B A``.
+
+        Counted is what comes on top of the layer's own step, where one factor trains: for the dense sum its gradient
+        and three products as large as ``B A``, for the factors their products and those of gradients.
+        """
+        width = self.inner_width(p)
+        if not width or not layer.bare or layer.op.type != "linear":
+            return False
+        out, into = layer.weight.shape
+        tokens = x.numel() // into
+        return out * into * (tokens + 3 * width) < tokens * width * (2 * (out + into) + min(out, into))

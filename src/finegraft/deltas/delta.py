@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from finegraft.errors import NotMergeable, SiteError
 from finegraft.locate.ops import Op
 from finegraft.locate.site import Site
+from finegraft.quantised.stored import is_quantised
 from finegraft.recipe import Spec
 
 Shapes = dict[str, tuple[int, ...]]
-Attend = Callable[..., tuple[Tensor, Tensor | None]]
+Needed = Bool[Tensor, "batch tokens"] | Int[Tensor, "batch needed"]
+
+
+class Attend(Protocol):
+    """An attention call as a change sees it.
+
+    Attributes:
+        module: the base's attention module.
+        x: what that module was given, ``(batch, queries, width)``.
+    """
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def x(self) -> Tensor: ...
+
+    def __call__(self, *tensors: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
+        """The output ``(batch, queries, heads, width)``, and the attention map where it is asked for."""
+        ...
 
 
 class Layer(Protocol):
@@ -24,12 +45,20 @@ class Layer(Protocol):
     Attributes:
         op: how the layer computes.
         module: the base's module.
+        bare: whether it is the base's own layer, of floating-point numbers, with nothing put on it or trained in it.
         weight: the effective canonical matrix ``(*batch, out, in)``; reading it may build a dense tensor.
         bias: the effective bias or None.
+        states: on a whole stack of blocks, the hidden states of the pass; else None.
     """
 
     op: Op
     module: nn.Module
+
+    @property
+    def states(self) -> Any: ...
+
+    @property
+    def bare(self) -> bool: ...
 
     @property
     def weight(self) -> Tensor: ...
@@ -48,6 +77,23 @@ class Layer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Entering:
+    """What enters a stack of blocks in one pass.
+
+    Attributes:
+        x: vectors of the tokens.
+        ids: their ids; None where vectors were given, or the sequence is no text.
+        mask: which of them are tokens rather than padding; None where all are.
+        index: their places in the text, from the sample's first token on; None where the sequence is no text.
+    """
+
+    x: Float[Tensor, "batch n width"]
+    ids: Int[Tensor, "batch n"] | None = None
+    mask: Bool[Tensor, "batch n"] | None = None
+    index: Int[Tensor, "#batch n"] | None = None
+
+
 class Delta(Spec):
     """A kind of change: hyper-parameters only; its tensors live in the graft and come in as ``p``.
 
@@ -61,8 +107,11 @@ class Delta(Spec):
         scalable: whether ``graft.scale`` applies; new heads replace, so they cannot be scaled.
         reads_weight: whether :meth:`forward` needs the effective weight of the layer beneath.
         on: site types on which it is defined.
+        needs: the statistic of calibration batches that :meth:`initial` looks at, as ``site.statistic``: ``covariance``
+            of inputs or ``gradient`` of the loss, summed over batches; None for starts that look at no data.
         shared: names of tensors that all sites of a recipe's part have in common: one tensor, which trains, counts and
-            is saved once. Its shape is the same at every site; it starts as the part's first site draws it.
+            is saved once. Its shape is the same at every site; it starts as the part's first site draws it. See
+            :meth:`sharing` for those that only some of the sites have in common.
     """
 
     kind: ClassVar[str]
@@ -76,6 +125,16 @@ class Delta(Spec):
     def reads_weight(self) -> bool:
         """Whether :meth:`forward` asks the layer beneath for its weight."""
         return type(self).forward is Delta.forward
+
+    @property
+    def needs(self) -> Literal["covariance", "gradient"] | None:
+        """The statistic of calibration batches that a fresh change is made from."""
+        return None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Folders of saved grafts whose low-rank factors :meth:`initial` looks at, as ``site.sources``."""
+        return ()
 
     @property
     def mergeable(self) -> bool:
@@ -97,9 +156,42 @@ class Delta(Spec):
         """Whether a fresh change gets no gradient from the loss, until noise or a penalty has moved it."""
         return False
 
+    @property
+    def rank_axes(self) -> dict[str, tuple[int, ...]]:
+        """Axes along which tensors count ranks, by name, for kinds whose ranks can be dropped, added or truncated."""
+        return {}
+
+    def frames(self, p: Any) -> list[Float[Tensor, "*batch rank n"]]:
+        """Matrices whose rows a penalty may keep orthonormal."""
+        return []
+
+    @property
+    def passes_straight(self) -> bool:
+        """Whether its gradient passes straight through a rounding, so that it is no derivative of the output."""
+        return False
+
+    @property
+    def auxiliary(self) -> tuple[str, ...]:
+        """Names of trained tensors that no output depends on: penalties alone train them."""
+        return ()
+
+    @property
+    def known_tasks(self) -> tuple[tuple[str, ...], ...]:
+        """For changes that differ by task: names of the tasks, for each condition that tells them apart."""
+        return ()
+
+    @property
+    def weighed(self) -> int:
+        """How many weights each sample of a batch may have, for kinds that act on each as it was weighed."""
+        return 0
+
     def at(self, site: Site) -> Delta:
         """The change as it is at one site, for kinds whose settings depend on the site's role."""
         return self
+
+    def sharing(self, site: Site) -> dict[str, str]:
+        """Names of tensors in common with other sites of the part, each with a label: equal labels, one tensor."""
+        return dict.fromkeys(self.shared, "")
 
     def shapes(self, site: Site) -> Shapes:
         """Shapes of the tensors that train at a site."""
@@ -117,9 +209,20 @@ class Delta(Spec):
         """Tensors that accompany training and are in no file, as they are at the start and after loading."""
         return {}
 
+    def working_key(self, site: Site) -> Hashable:
+        """What the working tensors follow from beside the settings, if other sites may have the same.
+
+        Sites with the same key, of whatever graft on the model, hold one copy. None: each site has its own.
+        """
+        return None
+
     def saved(self, p: Any, site: Site) -> dict[str, Tensor]:
         """What a file holds of the change: the tensors of :meth:`shapes` and :meth:`constants`."""
         return {name: getattr(p, name) for name in (*self.shapes(site), *self.constants(site))}
+
+    def loaded(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that :meth:`saved` gave as training holds them, where a file keeps them in another form."""
+        return found
 
     def fits(self, site: Site) -> None:
         """Raise :class:`SiteError` where the change is not defined."""
@@ -127,6 +230,11 @@ class Delta(Spec):
             raise SiteError(
                 f"kind {self.kind!r} cannot be put on {site.name!r}, a {site.type} site; "
                 f"it goes on {', '.join(self.on)}"
+            )
+        if self.in_place and is_quantised(site.parameter) and set(self.shapes(site)) != {"bias"}:
+            raise SiteError(
+                f"kind {self.kind!r} trains numbers of the base in place, and those of {site.name!r} are quantised; "
+                "use a kind with tensors of its own, such as low-rank, or make the base dense (fg.dequantise)"
             )
 
     def weight(self, p: Any, w: Tensor) -> Tensor:
@@ -137,9 +245,24 @@ class Delta(Spec):
         """The effective bias, given the one beneath."""
         return b
 
+    def bias_over(self, p: Any, b: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+        """The effective bias, given how to get the canonical matrix beneath.
+
+        Override it in place of :meth:`bias` where the bias depends on the weight.
+        """
+        return self.bias(p, b)
+
     def forward(self, p: Any, layer: Layer, x: Tensor) -> Tensor:
         """The changed layer's output."""
-        return layer.apply(x, self.weight(p, layer.weight), self.bias(p, layer.bias))
+        w = layer.weight
+        return layer.apply(x, self.weight(p, w), self.bias_over(p, layer.bias, lambda: w))
+
+    def needed(self, p: Any, x: Float[Tensor, "batch tokens width"]) -> Needed | None:
+        """Tokens of a sublayer's or block's input that the base must run on; None for all.
+
+        A mask, or ascending places of equally many of each sample. What :meth:`forward` is given is zero elsewhere.
+        """
+        return None
 
     def attend(
         self, p: Any, call: Attend, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
@@ -150,6 +273,17 @@ class Delta(Spec):
         """
         raise NotImplementedError(self.kind)
 
+    def enter(self, p: Any, entering: Entering) -> tuple[Float[Tensor, "#batch length width"] | None, Tensor]:
+        """Positions to enter a stack before the tokens, and the tokens' vectors; on input sites.
+
+        Once the positions are in a key-value cache they are asked for again, but do not enter again.
+        """
+        raise NotImplementedError(self.kind)
+
+    def folded(self) -> Delta:
+        """The change as files have it, where what trains can be folded into less; see :meth:`saved`."""
+        return self
+
     def row_norms(self, p: Any, layer: Layer) -> Float[Tensor, " out"]:
         """Norms of the effective weight's output channels; override where no dense weight is needed."""
         return channel_norms(self.weight(p, precise(layer.weight)), layer.op)
@@ -159,7 +293,7 @@ class Delta(Spec):
         w, b = precise(site.weight), site.bias
         if not torch.equal(self.weight(p, w), w):
             return True
-        changed = self.bias(p, b)
+        changed = self.bias_over(p, b, lambda: w)
         if changed is None:
             return False
         return bool(changed.any()) if b is None else not torch.equal(changed, b)

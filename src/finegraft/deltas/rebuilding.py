@@ -25,7 +25,7 @@ def rebuilding_weight(delta: Delta, p: Any, layer: Layer, x: Tensor) -> Tensor:
     """
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return layer.apply(x, delta.weight(p, weight), delta.bias(p, bias))
+        return layer.apply(x, delta.weight(p, weight), delta.bias_over(p, bias, lambda: weight))
 
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or layer.op.type == "norm":
         return run(x, layer.weight, layer.bias)

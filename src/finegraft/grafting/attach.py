@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from finegraft.grafting.attachment import chain_at, guard, tap
+from finegraft.grafting.attachment import chain_at, guard, open_way, tap, trace
 from finegraft.grafting.attention import stand_in_between
 from finegraft.grafting.chain import Chain
 from finegraft.grafting.graft import Graft
@@ -52,8 +52,12 @@ def _placed(site: Site, slots: Sequence[Slot], number: int) -> Iterator[Placemen
         _register(alias, slots, number)
     if site.kind == "attention":
         stand_in_between()
-    if site.kind == "sublayer":
+    if site.kind in ("sublayer", "block"):
         tap(site)
+    if site.kind == "input":
+        open_way(site)
+    if site.kind == "network":
+        trace(site, chain)
 
 
 def _register(chain: Chain, slots: Sequence[Slot], number: int) -> None:

@@ -17,6 +17,26 @@ from finegraft.grafting.chain import Chain, Group
 _PLAIN = ("sdpa", "eager")
 
 
+class Call:
+    """An attention function as changes see it: ``call(query, key, value, mask, **settings)``.
+
+    Attributes:
+        function: what computes it.
+        module: the base's attention.
+        x: what the module was given, ``(batch, queries, width)``.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module, x: Any) -> None:
+        self.function, self.module, self.x = function, module, x
+
+    def of(self, function: Callable[..., Any]) -> Call:
+        """The same call by another function."""
+        return Call(function, self.module, self.x)
+
+    def __call__(self, *tensors: Any, **settings: Any) -> Any:
+        return self.function(*tensors, **settings)
+
+
 def stand_in_between() -> None:
     """Let attention functions of the registry look for changes on the module that calls them."""
     for name in {*ALL_ATTENTION_FUNCTIONS, "eager"}:
@@ -39,12 +59,13 @@ def _between(name: str, function: Callable[..., Any] | None) -> Callable[..., An
             return inner(module, query, key, value, mask, **settings)
         if name not in _PLAIN:
             raise SiteError(
-                f"attention implementation {name!r} takes no prefix: load the model with attn_implementation='sdpa'"
+                f"attention implementation {name!r} takes no changes: load the model with attn_implementation='sdpa'"
             )
         attachment.attended = True
         if settings.get("is_causal") is None:
             settings["is_causal"] = getattr(module, "is_causal", True)
-        return _run(chain, partial(inner, module), (query, key, value, mask), settings)
+        x = attachment.attending
+        return _run(chain, Call(partial(inner, module), module, x), (query, key, value, mask), settings)
 
     attend = wraps(function)(attend) if function is not None else attend
     attend.__dict__["finegraft_inside"] = True
@@ -61,7 +82,7 @@ def _own_eager(module: nn.Module) -> Callable[..., Any]:
     )
 
 
-def _run(chain: Chain, call: Callable[..., Any], tensors: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+def _run(chain: Chain, call: Call, tensors: tuple[Any, ...], settings: dict[str, Any]) -> Any:
     if not chain.routes:
         return _through(chain.groups, call)(*tensors, **settings)
     query, weights = tensors[0], None
@@ -72,22 +93,23 @@ def _run(chain: Chain, call: Callable[..., Any], tensors: tuple[Any, ...], setti
         own_settings = {**settings, "position_bias": _rows(settings.get("position_bias"), index, len(query))}
         if "position_bias" not in settings:
             del own_settings["position_bias"]
-        part, _ = _through(groups, call)(*own, **own_settings)
+        own_call = Call(call.function, call.module, _rows(call.x, index, len(query)))
+        part, _ = _through(groups, own_call)(*own, **own_settings)
         y = part.new_zeros(len(query), *part.shape[1:]) if y is None else y
         y = y.index_copy(0, index, part)
     return y, weights
 
 
-def _rows(tensor: Tensor | None, index: Tensor, samples: int) -> Tensor | None:
+def _rows(tensor: Any, index: Tensor, samples: int) -> Any:
     return tensor.index_select(0, index) if tensor is not None and tensor.shape[0] == samples else tensor
 
 
-def _through(groups: tuple[Group, ...], call: Callable[..., Any]) -> Callable[..., Any]:
+def _through(groups: tuple[Group, ...], call: Call) -> Call:
     for group in groups:
         inner = call
         for slot in group.slots:
-            inner = partial(slot.delta.attend, slot, inner)
-        call = inner if group.scale == 1 else partial(_scaled, call, inner, group.scale)
+            inner = call.of(partial(slot.delta.attend, slot, inner))
+        call = inner if group.scale == 1 else call.of(partial(_scaled, call, inner, group.scale))
     return call
 
 

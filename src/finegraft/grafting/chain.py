@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finegraft.deltas.delta import channel_norms
+from finegraft.deltas.states import States
 from finegraft.grafting.layers import BaseLayer, ScaledLayer, stacked
 from finegraft.grafting.slot import Slot
 from finegraft.grafting.standing import Home, Standing, changed_weight
@@ -48,7 +49,8 @@ class Group:
     def over_alias(self, below: Any) -> Any:
         """The same on a module that shares the tensor: it takes the changes of the weight only, its bias is its own."""
         bias = below.bias
-        whole = all(type(s.op) is type(below.op) and s.delta.bias(s, bias) is bias for s in self.slots)
+        same = (s.delta.bias_over(s, bias, lambda: below.weight) is bias for s in self.slots)
+        whole = all(type(s.op) is type(below.op) for s in self.slots) and all(same)
         return self.over(below) if whole else SharedWeightLayer(self, below)
 
 
@@ -89,6 +91,8 @@ class Written:
 class SharedWeightLayer:
     """A layer that reads a tied tensor for a purpose of its own, such as a language model's output layer."""
 
+    bare = False
+
     def __init__(self, group: Group, below: Any) -> None:
         self._group, self._below = group, below
         self.op, self.module = below.op, below.module
@@ -113,10 +117,10 @@ class SharedWeightLayer:
 
 
 class Computed:
-    """A function whose value is there already: what a sublayer gave."""
+    """A function whose value is there already: what a sublayer gave, or a stack with the states of its blocks."""
 
-    def __init__(self, y: Tensor) -> None:
-        self._y = y
+    def __init__(self, y: Tensor, states: States | None = None) -> None:
+        self._y, self.states = y, states
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._y
@@ -178,6 +182,14 @@ class Chain(nn.Module):
             return self._routed(module, call, x)
         return self._through(self.groups, self._base(module, call))(x)
 
+    def needed(self, x: Tensor) -> Tensor | None:
+        """Which tokens of a sublayer's input the base must run on; None where on all."""
+        if self.routes or not self.groups or self.groups[0].scale != 1 or x.ndim != 3:
+            return None
+        slot = self.groups[0].slots[0]
+        found: Tensor | None = slot.delta.needed(slot, x)
+        return found
+
     def away(self, module: Any) -> bool:
         """Whether forward reads other tensors than those that are kept up to date; see :class:`Standing`."""
         if torch.compiler.is_compiling():
@@ -190,7 +202,7 @@ class Chain(nn.Module):
         if not any(written.trains for written in writer.written):
             return None
         names = ("weight", "bias") if self._owner is None else ("weight",)
-        return Standing(writer, away=self.away(module), names=names)
+        return Standing(writer, module, away=self.away(module), names=names)
 
     def _base(self, module: nn.Module, call: Callable[[Tensor], Any]) -> BaseLayer:
         return BaseLayer(module, self.op, call, self._standing(module))

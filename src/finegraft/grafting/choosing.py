@@ -112,10 +112,16 @@ class Chooser:
 
 
 def listed(calibration: Iterable[Any] | None, recipe: Recipe) -> list[Any] | None:
-    """Calibration data as a list, since it may be gone through more than once; not touched where no score needs it."""
-    needed = any(part.select is not None and scores[part.select.score].needs is not None for part in recipe.parts)
+    """Calibration data as a list, since it may be gone through more than once; not touched where nothing needs it."""
+    scored = any(part.select is not None and scores[part.select.score].needs is not None for part in recipe.parts)
+    needed = scored or any(delta.needs for part in recipe.parts for delta in part.changes)
     if calibration is None or not needed:
         return None
+    return as_list(calibration)
+
+
+def as_list(calibration: Iterable[Any]) -> list[Any]:
+    """Calibration data as a list; :class:`RecipeError` where they are no batches to go through."""
     try:
         return list(calibration)
     except TypeError:

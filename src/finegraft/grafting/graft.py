@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finegraft.deltas.delta import Delta
 from finegraft.errors import RecipeError, StoreError
 from finegraft.grafting.chain import Chain
 from finegraft.grafting.chosen_lines import chosen_lines
+from finegraft.grafting.leading_ranks import IN_STATE, resize_to, sizes_in, sizes_of
+from finegraft.grafting.rounding import warn_of_rounding
 from finegraft.grafting.saving import contents_of, manifest_of
 from finegraft.grafting.slot import SELECTION, Slot, check_selection
 from finegraft.grafting.stack import Placement, Stack
+from finegraft.grafting.tasks import set_task
 from finegraft.grafting.writing import restore
 from finegraft.locate.find import sites
 from finegraft.locate.query import depths_below_head
@@ -44,6 +48,7 @@ class Graft:
         self._stack, self.recipe, self.seed, self.placements = stack, recipe, seed, placements
         self._enabled, self._scale, self.merged = True, 1.0, False
         self._factors: dict[str, float] = {}
+        self._parts: frozenset[int] | None = None
         self.left_out: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -113,7 +118,7 @@ class Graft:
             f"{self.recipe.name}: {len(self.placements)} sites ({matched})",
             f"{self.num_trainable:,} numbers train, {self.num_trainable / total:.3%} of the base's {total:,}",
         ]
-        lines += chosen_lines(self.placements, self.left_out)
+        lines += chosen_lines(self.placements, self.left_out, self.recipe.parts)
         if self.recipe.control:
             kinds = ", ".join(dict.fromkeys(controller.kind for controller in self.recipe.control))
             lines.append(
@@ -131,6 +136,10 @@ class Graft:
         groups: dict[str, dict[str, Any]] = {}
         base = train.lr if lr is None else lr
         depths = {} if train.layer_decay is None else depths_below_head(sites(self.model))
+        if train.layer_decay is not None and not any(depths.values()):
+            raise RecipeError(
+                f"layer_decay {train.layer_decay} decays from block to block, and the model has no blocks"
+            )
         for key, parameter in self.named_parameters():
             slot, name = self.deltas[key.rpartition("/")[0]], key.rpartition("/")[2]
             head = slot.delta.kind == "replacement"
@@ -154,7 +163,20 @@ class Graft:
         for key, slot in self.deltas.items():
             if self._moves(slot):
                 state |= {f"{key}/{name}": getattr(slot, name) for name in SELECTION}
+            if sizes := self.resized(slot):
+                state[f"{key}/{IN_STATE}"] = torch.tensor(list(sizes.values()), dtype=torch.float64)
         return state
+
+    def resized(self, slot: Slot) -> dict[str, Any]:
+        """Settings of a change that are not the recipe's, since its ranks were moved or truncated."""
+        sizes = sizes_of(slot.delta)
+        return sizes if sizes and sizes != sizes_of(self.as_made(slot)) else {}
+
+    def as_made(self, slot: Slot) -> Delta:
+        """One of its changes, not a head, as the recipe says it, whatever became of its ranks."""
+        part, position = slot.place
+        delta: Delta = self.recipe.parts[part].changes[position]
+        return delta.at(self.placement_of(slot).site)
 
     def _moves(self, slot: Slot) -> bool:
         return slot.delta.needs_selection and (slot.moved or bool(self.recipe.control))
@@ -166,20 +188,28 @@ class Graft:
         Raises:
             StoreError: names or shapes differ; nothing is changed then.
         """
+        resized = sizes_in(state, {slot: self.as_made(slot) for slot in self.all_slots if slot.delta.rank_axes})
+        state = {name: tensor for name, tensor in state.items() if name.rpartition("/")[2] != IN_STATE}
         moving = [slot for key, slot in self.deltas.items() if self._moves(slot) or f"{key}/{SELECTION[0]}" in state]
         units = {f"{slot.key}/{name}" for slot in moving for name in SELECTION}
         own = dict(self.named_parameters())
         if units | set(own) != set(state):
             raise StoreError(f"state has other tensors: {sorted((units | set(own)) ^ set(state))[:6]}")
         moved = {f"{slot.key}/values" for slot in moving}
-        for name, parameter in own.items():
-            if name not in moved and parameter.shape != state[name].shape:
-                raise StoreError(f"{name!r} is {tuple(state[name].shape)} in the state, {tuple(parameter.shape)} here")
+        shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+        for slot, delta in resized.items():
+            expected = delta.shapes(self.placement_of(slot).site)
+            shapes |= {f"{slot.key}/{name}": expected[name] for name, _ in slot.named_parameters()}
+        for name in own:
+            if name not in moved and shapes[name] != tuple(state[name].shape):
+                raise StoreError(f"{name!r} is {tuple(state[name].shape)} in the state, {shapes[name]} here")
         taken = {slot: {name: state[f"{slot.key}/{name}"] for name in ("values", *SELECTION)} for slot in moving}
         for slot, tensors in taken.items():
             check_selection(slot, self.placement_of(slot).site, tensors)
         for slot, tensors in taken.items():
             self.put(slot, tensors)
+        for slot, delta in resized.items():
+            resize_to(slot, delta, state)
         for name, parameter in own.items():
             if name not in moved:
                 parameter.copy_(state[name])
@@ -228,6 +258,45 @@ class Graft:
         if self.merged and not value:
             raise RecipeError("the graft is merged: call unmerge() before disabling it")
         self._become(_enabled=bool(value))
+
+    @property
+    def task(self) -> Any:
+        """The task that it acts for, where its changes differ by task (hyper-networks); settable.
+
+        A name or number from its recipe, or a list or tensor of one for each sample of the batch. At first it is the
+        first task. Reading it gives numbers.
+        """
+        return next((slot.task for slot in self.all_slots if slot.task is not None), None)
+
+    @task.setter
+    def task(self, value: Any) -> None:
+        self._require_attached()
+        self._stack.require_no_route()
+        if self.merged:
+            raise RecipeError("the graft is merged, for the task it had: call unmerge() before setting another")
+        set_task(self.all_slots, value)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Numbers of the recipe's parts that are in force, from 0, heads under the number after the last; settable.
+
+        The others act as if they were not there, and are saved all the same.
+        """
+        known = sorted({slot.place[0] for slot in self.all_slots})
+        return tuple(part for part in known if self.has_part(part))
+
+    @parts.setter
+    def parts(self, parts: Iterable[int]) -> None:
+        wanted, known = frozenset(parts), {slot.place[0] for slot in self.all_slots}
+        if strange := sorted(wanted - known):
+            raise RecipeError(f"{self!r} has no part {strange[0]}; its parts are {sorted(known)}")
+        if self.merged:
+            raise RecipeError("the graft is merged: call unmerge() before switching its parts")
+        self._become(_parts=None if wanted == known else wanted)
+
+    def has_part(self, part: int) -> bool:
+        """Whether a part of the recipe is in force while the graft is enabled."""
+        return self._parts is None or part in self._parts
 
     @property
     def scale(self) -> float:
@@ -286,6 +355,8 @@ class Graft:
     def merge(self) -> None:
         """Write the changes into the base's tensors; forward then costs what the base costs. Originals are kept.
 
+        Quantised weights are rounded again; a ``RuntimeWarning`` says what that takes off the changes.
+
         Raises:
             NotMergeable: a change that is none of a weight, or an unmerged graft beneath; nothing is changed then.
             RecipeError: the graft is disabled or detached.
@@ -293,8 +364,11 @@ class Graft:
         self._require_attached()
         if not self._enabled:
             raise RecipeError("the graft is disabled: enable it before merging it")
+        if self._parts is not None:
+            raise RecipeError("some parts of the graft are out of force: set graft.parts to all of them before merging")
         self._stack.check_mergeable(self)
         self._become(merged=True)
+        warn_of_rounding(self.placements)
 
     def unmerge(self) -> None:
         """Take the changes out of the base's tensors again; the base is as before, bit for bit."""

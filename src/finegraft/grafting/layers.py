@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finegraft.deltas.delta import channel_norms, precise
+from finegraft.deltas.states import States
 from finegraft.grafting.slot import Slot
 from finegraft.locate.ops import Op, plain
+from finegraft.quantised.stored import dense, logical_shape
 
 if TYPE_CHECKING:
     from finegraft.grafting.standing import Standing
@@ -30,6 +32,15 @@ class BaseLayer:
         self.module, self.op, self._call = module, op, call
         self._standing = standing if standing is not None and standing.acts else None
 
+    @property
+    def bare(self) -> bool:
+        weight = self.module._parameters.get("weight")
+        return self._standing is None and type(weight) is nn.Parameter and weight.is_floating_point()
+
+    @property
+    def states(self) -> States | None:
+        return getattr(self._call, "states", None)
+
     def _stored(self, name: str) -> Any:
         attachment = self.module._modules.get("finegraft")
         if attachment is not None and attachment.chain(name) is not None:
@@ -42,7 +53,7 @@ class BaseLayer:
 
     @property
     def weight(self) -> Tensor:
-        return self.op.matrix(self._tied("weight"))
+        return self.op.matrix(dense(self._tied("weight"), self.module))
 
     @property
     def bias(self) -> Tensor | None:
@@ -55,7 +66,9 @@ class BaseLayer:
         return self._natural(x, self._tied("weight"), self.bias) if y is None else y
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._natural(x, self.op.restore(weight, self._stored("weight").shape), bias)
+        # A bias that a change gives a layer without one is in the precision of what trains.
+        bias = bias if bias is None else bias.to(weight.dtype)
+        return self._natural(x, self.op.restore(weight, logical_shape(self._stored("weight"))), bias)
 
     def _natural(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = self.op.apply(self.module, x, weight, bias)
@@ -74,44 +87,61 @@ class BaseLayer:
 
     def row_norms(self) -> Tensor:
         with torch.no_grad():
-            return channel_norms(precise(self.op.matrix(self._stored("weight"))), self.op)
+            return channel_norms(precise(self.op.matrix(dense(self._stored("weight"), self.module))), self.op)
 
 
 class ChangedLayer:
     """The layer that one change makes of the layer beneath."""
+
+    bare = False
 
     def __init__(self, slot: Slot, below: Any) -> None:
         self._slot, self._below = slot, below
         self.op, self.module = below.op, below.module
 
     @property
+    def states(self) -> States | None:
+        found: States | None = self._below.states
+        return found
+
+    @property
     def weight(self) -> Tensor:
-        return self._slot.delta.weight(self._slot, self._below.weight)
+        delta, p = self._slot.acting()
+        return delta.weight(p, self._below.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        return self._slot.delta.bias(self._slot, self._below.bias)
+        delta, p = self._slot.acting()
+        return delta.bias_over(p, self._below.bias, lambda: self._below.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        delta = self._slot.delta
+        delta, p = self._slot.acting()
         if delta.mergeable and _has_own_forward(self.module, self.op):
             return self._below.apply(x, self.weight, self.bias)
-        return delta.forward(self._slot, self._below, x)
+        return delta.forward(p, self._below, x)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._below.apply(x, weight, bias)
 
     def row_norms(self) -> Tensor:
         with torch.no_grad():
-            return self._slot.delta.row_norms(self._slot, self._below)
+            delta, p = self._slot.acting()
+            return delta.row_norms(p, self._below)
 
 
 class ScaledLayer:
     """``below + scale * (changed - below)``: what a graft at a scale other than one makes of a layer."""
 
+    bare = False
+
     def __init__(self, slots: Sequence[Slot], below: Any, scale: float) -> None:
         self._slots, self._below, self._scale = slots, below, scale
         self.op, self.module = below.op, below.module
+
+    @property
+    def states(self) -> States | None:
+        found: States | None = self._below.states
+        return found
 
     @property
     def weight(self) -> Tensor:

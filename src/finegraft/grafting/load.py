@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from finegraft.deltas.delta import Delta
@@ -16,13 +18,17 @@ from finegraft.errors import BaseMismatch, FinegraftError, SiteError, StoreError
 from finegraft.grafting.attach import place
 from finegraft.grafting.chain import Chain
 from finegraft.grafting.graft import Graft
+from finegraft.grafting.leading_ranks import sizes_of
+from finegraft.grafting.peers import with_peers
 from finegraft.grafting.results import to_changes
-from finegraft.grafting.slot import changes_nothing, checked_slot
+from finegraft.grafting.slot import Slot, changes_nothing, checked_slot
 from finegraft.grafting.stack import Stack, bare, stack_of
+from finegraft.grafting.starting import untouched
 from finegraft.locate.collection import Sites
 from finegraft.locate.find import exactly, sites
 from finegraft.locate.site import Site
 from finegraft.recipe import Recipe
+from finegraft.recipe.spec import explain
 from finegraft.select.drawing import drawn_units
 from finegraft.store import Manifest, check, pull, read
 
@@ -41,26 +47,55 @@ def load(path: str | Path, model: nn.Module, *, trainable: bool = False) -> Graf
         StoreError: a file that is missing, broken, tampered with or of a newer version, or a graft without effect.
         BaseMismatch: another base; both fingerprints are named.
     """
+    model = bare(model)
+    stack = stack_of(model) or Stack(model)
+    opened = open_on(path, stack)
+    for _, (slot,) in opened.slots:
+        slot.requires_grad_(trainable)
+    return place(stack, opened.recipe, opened.manifest.seed, opened.slots)
+
+
+class Opened(NamedTuple):
+    """A saved graft, held against a base.
+
+    Attributes:
+        manifest: what it says of itself.
+        recipe: what it was made by.
+        slots: its changes, one by one, with their sites on the base.
+    """
+
+    manifest: Manifest
+    recipe: Recipe
+    slots: list[tuple[Site, list[Slot]]]
+
+
+def open_on(path: str | Path, stack: Stack) -> Opened:
+    """Read a saved graft for a base, and check it, without putting it there; see :func:`load`."""
+    model = stack.model
     if _HUB_ID.fullmatch(str(path)) and not os.path.exists(path):
         path = pull(str(path))
     tensors, manifest = read(path)
     if not manifest.sites:
         raise StoreError(f"{path}: the graft changes nothing, its manifest lists no sites")
     recipe = _recipe(manifest)
-    model = bare(model)
-    stack = stack_of(model) or Stack(model)
     check(manifest.fingerprint, stack.base)
     found = _sites(model, recipe)
     own = _by_slot(tensors)
-    slots = []
-    common: dict[tuple[int, int], dict[str, Tensor]] = {}
-    for entry in manifest.sites:
-        site, delta, where = _entry(entry, recipe, found)
+    slots: list[tuple[Site, list[Slot]]] = []
+    common: dict[tuple[tuple[int, int], str, str], Tensor] = {}
+    entries = [_entry(entry, recipe, found) for entry in manifest.sites]
+    peers = with_peers((where, site) for site, _, where in entries)
+    for entry, site, (_, delta, where) in zip(manifest.sites, peers, entries, strict=True):
         values = own.pop(f"{site.name}/{where[0]}.{where[1]}", {})
         if entry.get("drawn", False) is not False:
             values = _with_drawn(values, manifest, recipe, site, where[0])
-        values = values | common.setdefault(where, {name: values[name] for name in delta.shared if name in values})
-        site, slot = checked_slot(delta, site, where, values)
+        for name, label in delta.sharing(site).items():
+            if name in values:
+                common.setdefault((where, name, label), values[name])
+            if (where, name, label) in common:
+                values = values | {name: common[where, name, label]}
+        site, slot = checked_slot(delta, untouched(site), where, values, stack.working)
+        site = replace(site, before=None)
         to_changes(slot, _results(entry), site, _chain(stack, site))
         slots.append((site, [slot]))
     if own:
@@ -69,9 +104,7 @@ def load(path: str | Path, model: nn.Module, *, trainable: bool = False) -> Graf
         raise StoreError(
             f"{path}: the graft changes nothing, all its changes are zero, as in one saved before it was trained"
         )
-    for _, (slot,) in slots:
-        slot.requires_grad_(trainable)
-    return place(stack, recipe, manifest.seed, slots)
+    return Opened(manifest, recipe, slots)
 
 
 def _recipe(manifest: Manifest) -> Recipe:
@@ -131,6 +164,18 @@ def _results(entry: Mapping[str, Any]) -> list[str]:
     return names
 
 
+def _resized(delta: Delta, entry: Mapping[str, Any]) -> Delta:
+    """A change with the rank that it has in the file."""
+    if (sizes := entry.get("sizes")) is None:
+        return delta
+    if not isinstance(sizes, dict) or set(sizes) != set(sizes_of(delta)):
+        raise StoreError(f"the manifest gives {sizes!r} as the sizes of a change of kind {delta.kind!r}")
+    try:
+        return type(delta).model_validate({**delta.model_dump(), **sizes})
+    except ValidationError as error:
+        raise StoreError(explain(error, f"the manifest's size of {entry.get('site')!r}")) from None
+
+
 def _entry(entry: Mapping[str, Any], recipe: Recipe, found: Sites) -> tuple[Site, Delta, tuple[int, int]]:
     try:
         name, part, position, kind = entry["site"], entry["part"], entry["position"], entry["kind"]
@@ -144,7 +189,7 @@ def _entry(entry: Mapping[str, Any], recipe: Recipe, found: Sites) -> tuple[Site
     if name not in found:
         raise BaseMismatch(f"the graft changes {name!r}, which this model does not have")
     site = found[name]
-    delta = delta.at(site)
+    delta = _resized(delta.at(site), entry).folded()
     try:
         delta.fits(site)
     except SiteError as error:

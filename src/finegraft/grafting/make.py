@@ -15,8 +15,11 @@ from finegraft.errors import RecipeError, SiteError
 from finegraft.grafting.attach import place
 from finegraft.grafting.choosing import Chooser, Planned, listed, require_parameter
 from finegraft.grafting.graft import Graft
-from finegraft.grafting.slot import Slot, fresh_tensors
+from finegraft.grafting.peers import with_peers
+from finegraft.grafting.previous import start_from
+from finegraft.grafting.sources import with_sources
 from finegraft.grafting.stack import Stack, bare, stack_of
+from finegraft.grafting.starting import fresh_changes
 from finegraft.locate.collection import Sites
 from finegraft.locate.find import sites
 from finegraft.locate.site import Site
@@ -29,6 +32,7 @@ def graft(
     method: str | Mapping[str, Any] | Recipe,
     *,
     calibration: Iterable[Any] | None = None,
+    previous: Graft | str | Path | None = None,
     seed: int = 0,
     **overrides: Any,
 ) -> Graft:
@@ -39,11 +43,14 @@ def graft(
         method: a name from ``fg.methods()``, ``{"name": ..., setting: value}``, a whole recipe as data, a
             :class:`Recipe`, or the path of a ``.yaml`` recipe.
         calibration: batches for ``model(**batch)``, for methods that look at data; with labels, for gradients.
+        previous: a graft, or the folder of a saved one, from whose tensors changes of the same kind at the same site
+            start; its base may hold other values.
         seed: for all random starts and random choices; the same seed gives the same graft.
         **overrides: settings to replace wherever the recipe has them: ``rank=8``, ``density=0.01``, ``lr=1e-4`` ...
 
     Raises:
-        RecipeError: unknown method or setting, contradictory settings, or missing calibration.
+        RecipeError: unknown method or setting, contradictory settings, missing calibration, batches that the model
+            refuses, or a previous graft that does not fit. The model is untouched then.
         SiteError: a query that matches nothing, or a change that does not fit a site. The model is untouched then.
 
     Example:
@@ -63,19 +70,14 @@ def graft(
     recipe = resolve(method, **overrides)
     found = sites(model, roles=recipe.roles)
     stack = stack or Stack(model)
-    planned, left_out = plan(recipe, found, model, calibration=calibration, seed=seed)
-    made = place(stack, recipe, seed, [(change.site, _fresh(change, seed)) for change in planned])
+    batches = listed(calibration, recipe)
+    planned, left_out = plan(recipe, found, model, calibration=batches, seed=seed)
+    slots = fresh_changes(with_sources(planned, stack), model, stack, batches, seed)
+    if previous is not None:
+        start_from(previous, slots, stack.base)
+    made = place(stack, recipe, seed, slots)
     made.left_out = tuple(left_out)
     return made
-
-
-def _fresh(planned: Planned, seed: int) -> list[Slot]:
-    site, deltas, part, first = planned
-    places = [(part, first + i) for i in range(len(deltas))]
-    return [
-        Slot(delta, site, where, fresh_tensors(delta, site, where, seed))
-        for delta, where in zip(deltas, places, strict=True)
-    ]
 
 
 def _whole(seed: Any) -> int:
@@ -127,6 +129,8 @@ def plan(
         raise SiteError(
             f"recipe {recipe.name!r} trains nothing on this model: it has no parts, and the model has no head"
         )
+    peers = with_peers(((change.part, change.first), change.site) for change in changes)
+    changes = [change._replace(site=site) for change, site in zip(changes, peers, strict=True)]
     for change in changes:
         require_parameter(change.site)
         for delta in change.deltas:

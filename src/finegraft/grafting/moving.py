@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -74,7 +74,14 @@ def move(
         optimizer.state[slot.values].update(moved)
 
 
-def set_trainable(graft: Graft, slots: Iterable[Slot], flag: bool, optimizer: Optimizer | None = None) -> None:
+def set_trainable(
+    graft: Graft,
+    slots: Iterable[Slot],
+    flag: bool,
+    optimizer: Optimizer | None = None,
+    *,
+    only: Collection[str] | None = None,
+) -> None:
     """Freeze or thaw changes; frozen ones stay in force and cost neither gradients nor saved activations.
 
     Args:
@@ -82,6 +89,7 @@ def set_trainable(graft: Graft, slots: Iterable[Slot], flag: bool, optimizer: Op
         slots: changes of it.
         flag: whether they train from now on.
         optimizer: drops what it remembers of changes that are frozen here; thawed, they start afresh.
+        only: names of the tensors to freeze or thaw; None for all of a change.
 
     Raises:
         RecipeError: a change of another graft; nothing is changed then.
@@ -90,7 +98,9 @@ def set_trainable(graft: Graft, slots: Iterable[Slot], flag: bool, optimizer: Op
     found = {slot: graft.placement_of(slot) for slot in slots}
     for slot, placement in found.items():
         refresh(placement.chain, placement.site.module)
-        for parameter in slot.parameters():
+        for name, parameter in slot.named_parameters():
+            if only is not None and name not in only:
+                continue
             parameter.requires_grad_(flag)
             if not flag:
                 parameter.grad = None

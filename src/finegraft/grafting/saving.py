@@ -34,8 +34,9 @@ class Contents:
 
     Attributes:
         tensors: by ``site/part.position/name``.
-        sites: for each change its place and kind; whether its units are ``drawn`` again rather than stored; under
-            ``results``, names of the tensors that hold weights instead of changes.
+        sites: for each change its place and kind; its ``sizes``, where they are not the recipe's; whether its units are
+            ``drawn`` again rather than stored; under ``results``, names of the tensors that hold weights instead of
+            changes.
     """
 
     tensors: dict[str, Tensor]
@@ -52,6 +53,10 @@ def contents_of(graft: Graft) -> Contents:
         for slot in placement.slots:
             entry = {"site": slot.site, "part": slot.place[0], "position": slot.place[1], "kind": slot.delta.kind}
             own = stored_tensors(slot, placement.site)
+            if slot.delta.rank_axes and not any(tensor.numel() for tensor in own.values()):
+                continue  # no rank is left
+            if sizes := graft.resized(slot):
+                entry["sizes"] = sizes
             if _is_drawn(graft, slot, own, placement):
                 entry["drawn"] = True
             if alone and len(placement.slots) == 1 and (found := _results(slot, own, placement)):

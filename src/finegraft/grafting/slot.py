@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from finegraft.deltas.delta import Delta
-from finegraft.errors import StoreError
+from finegraft.errors import SiteError, StoreError
+from finegraft.grafting.leading_ranks import Leading, at_rank
+from finegraft.grafting.working import Working
 from finegraft.locate.site import Site
 
 SELECTION = ("index", "settled_index", "settled_values")
@@ -31,6 +33,12 @@ class Slot(nn.Module):
         moved: whether other units train than those chosen when the graft was made.
         seed: a number of its own that follows from the graft's seed; for kinds whose random numbers are not stored.
         borrowed: names of its tensors that another slot of the part holds, counts and saves.
+        sharing: names of its tensors in common with other slots of the part, with labels that say with which.
+        sample_weights: what each sample of the batch is weighed with; see :func:`finegraft.grafting.weighing.weigh`.
+        task: numbers of the task it acts for, or a tuple of such for each sample; None is the first task.
+        state: what a kind remembers of the last pass, without gradient, for penalties and retrieval.
+        leading: in training only so many of its ranks act; None for all.
+        last_only: whether of these only the last one gets a gradient.
     """
 
     values: Any  # those of kinds that train chosen units
@@ -38,11 +46,24 @@ class Slot(nn.Module):
     settled_index: Any
     settled_values: Any
 
-    def __init__(self, delta: Delta, site: Site, place: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        delta: Delta,
+        site: Site,
+        place: tuple[int, int],
+        tensors: dict[str, Tensor],
+        working: Working | None = None,
+    ) -> None:
         super().__init__()
         self.delta: Any = delta  # typed loosely, since kinds that train in place have more functions than others
         self.op, self.site, self.place, self.moved = site.op, site.name, place, False
-        self.seed, self.borrowed = 0, frozenset[str]()
+        self.seed, self.borrowed, self.sharing = 0, frozenset[str](), delta.sharing(site)
+        self.task: tuple[Any, ...] | None = None
+        self.state: Tensor | None = None
+        self.sample_weights: Tensor | None = None
+        self._working = None if delta.working_key(site) is None else working
+        self.leading: int | None = None
+        self.last_only = False
         trained = delta.shapes(site)
         reference = next(site.module.parameters(recurse=True))
         for name, tensor in tensors.items():
@@ -58,18 +79,44 @@ class Slot(nn.Module):
         yield from self.named_parameters(recurse=False)
         yield from self.named_buffers(recurse=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Slot:
+        before: dict[str, Any] = dict(self._buffers)
+        super()._apply(fn, recurse)
+        if self._working is not None:
+            for name, tensor in before.items():
+                after: Any = self._buffers[name]
+                self._buffers[name] = self._working.moved(tensor, after)
+        return self
+
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Hold other units and their values; the parameter stays the same object, without a gradient."""
-        values: Any = self.values
-        taken = tensors["values"].to(values.device, values.dtype, copy=True)
-        values.grad = None
-        # Autograd's accumulator knows the shape, and a graph that is still held keeps it; another type lets go of it.
-        values.data = taken.new_empty(0, dtype=torch.float16)
-        values.data = taken
-        for name in SELECTION:
-            buffer: Any = getattr(self, name)
-            setattr(self, name, tensors[name].to(buffer.device, buffer.dtype))
+        for name in ("values", *SELECTION):
+            self._refill(name, tensors[name])
         self.moved = True
+
+    def resize(self, delta: Delta, tensors: Mapping[str, Tensor]) -> None:
+        """Become a change of another rank; parameters stay the same objects, without gradients."""
+        self.delta = delta
+        for name, tensor in tensors.items():
+            self._refill(name, tensor)
+
+    def _refill(self, name: str, tensor: Tensor) -> None:
+        held: Any = getattr(self, name)
+        if not isinstance(held, nn.Parameter):
+            setattr(self, name, tensor.to(held.device, held.dtype))
+            return
+        taken = tensor.to(held.device, held.dtype, copy=True)
+        held.grad = None
+        # Autograd's accumulator knows the shape, and a graph that is still held keeps it; another type lets go of it.
+        held.data = taken.new_empty(0, dtype=torch.float16)
+        held.data = taken
+
+    def acting(self) -> tuple[Any, Any]:
+        """The change that acts in forward now, and its tensors: of leading ranks, where that is asked for."""
+        if self.leading is None or not self.training:
+            return self.delta, self
+        view = Leading(self, self.delta.rank_axes, self.leading, last_only=self.last_only)
+        return at_rank(self.delta, self.leading), view
 
     @property
     def key(self) -> str:
@@ -85,13 +132,18 @@ def own_seed(seed: int, site: str, place: tuple[int, int]) -> int:
 
 def unite(slots: Iterable[Slot]) -> None:
     """Let changes of one place in the recipe have their shared tensors in common: those of the first of them."""
-    first: dict[tuple[int, int], Slot] = {}
+    first: dict[tuple[tuple[int, int], str, str], Slot] = {}
     for slot in slots:
-        lender = first.setdefault(slot.place, slot)
-        if lender is not slot:
-            slot.borrowed = frozenset(slot.delta.shared)
-            for name in slot.borrowed:
-                setattr(slot, name, getattr(lender, name))
+        lenders = {name: first.setdefault((slot.place, name, label), slot) for name, label in slot.sharing.items()}
+        slot.borrowed = frozenset(name for name, lender in lenders.items() if lender is not slot)
+        for name in slot.borrowed:
+            lender = lenders[name]
+            if (own := getattr(slot, name)).shape != (lent := getattr(lender, name)).shape:
+                raise SiteError(
+                    f"{name!r} is shared by all sites of a part: it is {tuple(lent.shape)} at {lender.site!r}, and "
+                    f"would be {tuple(own.shape)} at {slot.site!r}. Give each width a part of its own"
+                )
+            setattr(slot, name, lent)
 
 
 def trained_dtype(base: torch.dtype) -> torch.dtype:
@@ -99,14 +151,22 @@ def trained_dtype(base: torch.dtype) -> torch.dtype:
     return base if base in (torch.float32, torch.float64) else torch.float32
 
 
-def fresh_tensors(delta: Delta, site: Site, place: tuple[int, int], seed: int) -> dict[str, Tensor]:
-    """The tensors of a change at its start, drawn from the seed, the site's name and the place in the recipe."""
+def fresh_slot(delta: Delta, site: Site, place: tuple[int, int], seed: int, working: Working) -> Slot:
+    """A change at its start, drawn from the seed, the site's name and the place in the recipe."""
+    return Slot(delta, site, place, _fresh_tensors(delta, site, place, seed) | _frozen(delta, site, working), working)
+
+
+def _frozen(delta: Delta, site: Site, working: Working) -> dict[str, Tensor]:
+    reference = next(site.module.parameters(recurse=True))
+    return working.of(delta, site, reference.device, trained_dtype(reference.dtype))
+
+
+def _fresh_tensors(delta: Delta, site: Site, place: tuple[int, int], seed: int) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(own_seed(seed, site.name, place))
     with torch.no_grad():
         given = delta.initial(site, rng)
     shapes = {**delta.shapes(site), **delta.constants(site)}
-    start = {name: given[name].detach() if name in given else torch.zeros(shape) for name, shape in shapes.items()}
-    return start | delta.working(site)
+    return {name: given[name].detach() if name in given else torch.zeros(shape) for name, shape in shapes.items()}
 
 
 def stored_tensors(slot: Slot, site: Site) -> dict[str, Tensor]:
@@ -126,16 +186,19 @@ def check_selection(slot: Slot, site: Site, tensors: Mapping[str, Tensor]) -> No
             raise StoreError(f"{slot.site!r}: the indices in {index!r} of the state do not fit: {flaw}")
 
 
-def checked_slot(delta: Delta, site: Site, place: tuple[int, int], found: dict[str, Tensor]) -> tuple[Site, Slot]:
+def checked_slot(
+    delta: Delta, site: Site, place: tuple[int, int], found: dict[str, Tensor], working: Working
+) -> tuple[Site, Slot]:
     """A slot with tensors read from a file, and its site with the chosen units, after all was held against the site.
 
     Raises:
         StoreError: a tensor is missing, unknown, of another shape or type, or not finite; or indices that do not fit.
     """
+    found = delta.loaded(found)
     if delta.needs_selection:
         site = _with_units(delta, site, found)
     _check_tensors(delta, site, found)
-    slot = Slot(delta, site, place, found | delta.working(site))
+    slot = Slot(delta, site, place, found | _frozen(delta, site, working), working)
     for name, tensor in slot.tensors():
         if not bool(tensor.isfinite().all()):
             raise StoreError(

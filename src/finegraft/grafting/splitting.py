@@ -109,9 +109,14 @@ class Split:
 def sees_samples(site: Site) -> bool:
     """Whether the first axis of what a site's layer takes counts the samples of the batch.
 
-    Not so for a bare tensor, for an embedding inside a block (it looks up positions), and for an expert (it takes the
-    tokens that were sent to it).
+    Not so for a bare tensor, for an embedding inside a block (it looks up positions), for an expert (it takes the
+    tokens that were sent to it), for a whole block, which may run on tokens that its changes choose, for a
+    whole stack, of which every block counts, and for the input of a stack, where prompts make sequences of different
+    lengths.
     """
     tensors = site.kind == "tensor" or any(attribute != "weight" for _, _, attribute in site.aliases)
     positions = site.type == "embedding" and bool(site.block)
-    return not (tensors or positions or any(EXPERTS_SEGMENT.match(segment) for segment in site.name.split(".")))
+    whole = site.type in ("block", "network", "input")
+    return not (
+        tensors or positions or whole or any(EXPERTS_SEGMENT.match(segment) for segment in site.name.split("."))
+    )

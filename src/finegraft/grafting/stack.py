@@ -16,20 +16,24 @@ from finegraft.deltas.delta import Delta
 from finegraft.errors import NotMergeable, RecipeError, SiteError
 from finegraft.grafting.attachment import (
     attachment_of,
+    close_way,
     hold_statistics,
     let_go,
     release_statistics,
     take_hold,
     unguard,
     untap,
+    untrace,
 )
 from finegraft.grafting.chain import Chain, Group
 from finegraft.grafting.slot import Slot
 from finegraft.grafting.splitting import Part, Split, sees_samples
+from finegraft.grafting.working import Working
 from finegraft.grafting.writing import forget, rewrite
 from finegraft.locate.collection import Sites
 from finegraft.locate.find import sites
 from finegraft.locate.site import Site
+from finegraft.quantised.stored import check_writable
 from finegraft.store import Fingerprint, fingerprint
 
 if TYPE_CHECKING:
@@ -62,6 +66,7 @@ class Stack:
         model: the model.
         grafts: grafts in the order in which they act.
         base: fingerprint of the base, taken before anything touched it; heads do not count.
+        working: frozen tensors that its changes have in common.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,6 +75,7 @@ class Stack:
         self.grafts: list[Graft] = []
         self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self.base: Fingerprint = fingerprint_of(model)
+        self.working = Working()
         self.routes: tuple[tuple[Graft, ...], ...] = ()
         self._numbers = 0
 
@@ -83,7 +89,7 @@ class Stack:
         """What the enabled ones of these grafts do at a chain."""
         groups = []
         for graft in grafts:
-            slots = graft.slots_at(chain)
+            slots = tuple(slot for slot in graft.slots_at(chain) if graft.has_part(slot.place[0]))
             if slots and graft.enabled:
                 scale = graft.scale_at(slots[0].site) if all(slot.delta.scalable for slot in slots) else 1.0
                 groups.append(Group(slots, scale, graft.merged))
@@ -128,14 +134,13 @@ class Stack:
         """Raise where a graft, or what lies beneath it, cannot stand in the base's tensors."""
         for placement in graft.placements:
             site, chain = placement.site, placement.chain
+            check_writable(site.parameter, site.name)
             for slot in placement.slots:
                 if not slot.delta.mergeable:
                     raise NotMergeable(
                         f"kind {slot.delta.kind!r} on {site.name!r} is no change of a weight: it cannot merge"
                     )
-            adds = (
-                any(slot.delta.bias(slot, None) is not None for slot in placement.slots) if site.bias is None else False
-            )
+            adds = any(self._adds_bias(slot, site) for slot in placement.slots) if site.bias is None else False
             if adds and not site.op.holds_bias(site.module):
                 raise NotMergeable(
                     f"{site.name!r} ({type(site.module).__name__}) cannot hold the bias this graft adds to it"
@@ -146,6 +151,10 @@ class Stack:
                     raise NotMergeable(
                         f"{other!r} lies beneath on {site.name!r} and is not merged: merge it first, or disable it"
                     )
+
+    @staticmethod
+    def _adds_bias(slot: Slot, site: Site) -> bool:
+        return slot.delta.bias_over(slot, None, lambda: site.weight) is not None
 
     def add(self, graft: Graft) -> None:
         """Put a graft on top and in force; the first one freezes the base."""
@@ -225,6 +234,8 @@ class Stack:
         """Within this block, sample ``i`` of every batch goes through ``routes[i]``."""
         self.require_no_route()
         placements = [p for g in self.grafts for p in g.placements]
+        if any(slot.sample_weights is not None for p in placements for slot in p.slots):
+            raise RecipeError("the samples of the batch are weighed: leave the weigh block before routing them")
         self.routes = routes
         try:
             self.arrange(placements)
@@ -273,6 +284,10 @@ def take_off(model: nn.Module, placement: Placement) -> None:
             if name == "sublayer":
                 attachment.ends = None
                 untap(placement.site)
+            if name == "input":
+                close_way(placement.site)
+            if name == "network":
+                untrace(placement.site)
         let_go(module)
     unguard(model, placement.site.name)
 
@@ -311,4 +326,4 @@ def fingerprint_of(model: nn.Module, found: Sites | None = None) -> Fingerprint:
     """Fingerprint of a base, its classification heads left out: they are new wherever a graft travels."""
     found = sites(model) if found is None else found
     heads = {id(p) for site in found if site.role == "head" for p in (site.parameter, site.bias) if p is not None}
-    return fingerprint((n, p.detach()) for n, p in model.named_parameters() if id(p) not in heads)
+    return fingerprint((n, p) for n, p in model.named_parameters() if id(p) not in heads)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,7 @@ from finegraft.locate.ops import Op, plain
 
 if TYPE_CHECKING:
     from finegraft.grafting.chain import Chain, Group, Written
+    from finegraft.grafting.slot import Slot
 
 
 class Home:
@@ -37,14 +40,15 @@ class Standing:
 
     Args:
         chain: the chain that wrote them and keeps the originals.
+        module: the module whose pass it is.
         away: whether the tensors that forward reads are not those that are kept up to date: under ``torch.compile``,
             which would carry a written copy of each tensor through its graph, and where a wrapper put others in their
             place (``fully_shard``). What trains is then put into copies as forward and backward need them.
         names: of the tensors, those that the changes reach; a tied alias has a bias of its own.
     """
 
-    def __init__(self, chain: Chain, *, away: bool, names: tuple[str, ...] = ("weight", "bias")) -> None:
-        self._chain, self._away, self._names = chain, away, names
+    def __init__(self, chain: Chain, module: Any, *, away: bool, names: tuple[str, ...] = ("weight", "bias")) -> None:
+        self._chain, self._module, self._away, self._names = chain, module, away, names
         trains = [place for place, written in enumerate(chain.written) if written.trains]
         self._trains = trains if away or torch.is_grad_enabled() else []
 
@@ -78,21 +82,31 @@ class Standing:
     def _rebuilt(self, name: str, stored: Any, op: Op) -> Any:
         """The tensor with originals put back from the lowest change that trains, and all from there on made again."""
         changing = self._chain.written[self._trains[0] :]
-        own = self._chain.tensor if name == "weight" else name
+        if name == "weight":
+            return op.restore(self._weight_over(stored, changing), stored.shape)
+        matrix = self._beneath(name, stored, op)
+        bias = None if matrix is None else matrix.squeeze(-1)
+        for number, written in enumerate(changing):
+            weight = partial(self._weight_over, self._module._parameters[self._chain.tensor], changing[:number])
+            bias = changed_bias(written.group, bias, weight)
+        return bias
+
+    def _weight_over(self, stored: Any, changing: Sequence[Written]) -> Tensor:
+        """The canonical matrix after these of the changes from the lowest that trains on."""
+        matrix: Any = self._beneath(self._chain.tensor, stored, self._chain.op)
+        for written in changing:
+            matrix = changed_weight(written.group, matrix)
+        return matrix
+
+    def _beneath(self, tensor: str, stored: Any, op: Op) -> Tensor | None:
+        """A stored tensor as a matrix, with what it held beneath the lowest change that trains."""
         matrix = None if stored is None else op.matrix(stored)
-        for written in reversed(changing):
+        for written in reversed(self._chain.written[self._trains[0] :]):
             for original in reversed(written.originals):
-                if original.tensor == own:
+                if original.tensor == tensor:
                     kept = None if original.buffer is None else self._chain.get_buffer(original.buffer)
                     matrix = None if kept is None or matrix is None else original.units.put(matrix, kept)
-        if name == "weight":
-            for written in changing:
-                matrix = changed_weight(written.group, matrix)  # type: ignore[arg-type]
-            return op.restore(matrix, stored.shape)  # type: ignore[arg-type]
-        bias = None if matrix is None else matrix.squeeze(-1)
-        for written in changing:
-            bias = changed_bias(written.group, bias)
-        return bias
+        return matrix
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """The output of the layer by the one change's own fast way, or None where it has none.
@@ -125,13 +139,20 @@ def changed_weight(group: Group, w: Tensor) -> Tensor:
     """The canonical weight beneath a group made into the one above it."""
     changed = w
     for slot in group.slots:
-        changed = slot.delta.weight(slot, changed)
+        delta, p = slot.acting()
+        changed = delta.weight(p, changed)
     return changed if group.scale == 1 else w + group.scale * (changed - w)
 
 
-def changed_bias(group: Group, b: Tensor | None) -> Tensor | None:
-    """The bias beneath a group made into the one above it."""
+def changed_bias(group: Group, b: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+    """The bias beneath a group made into the one above it, given how to get the canonical weight beneath."""
     changed = b
     for slot in group.slots:
-        changed = slot.delta.bias(slot, changed)
+        changed = slot.delta.bias_over(slot, changed, weight)
+        weight = partial(_over, slot, weight)
     return changed if group.scale == 1 else blend(b, changed, group.scale)
+
+
+def _over(slot: Slot, weight: Callable[[], Tensor]) -> Tensor:
+    changed: Tensor = slot.delta.weight(slot, weight())
+    return changed

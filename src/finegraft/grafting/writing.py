@@ -13,6 +13,8 @@ from finegraft.errors import RecipeError
 from finegraft.grafting.chain import Chain, Group, Original, Written
 from finegraft.grafting.slot import trained_dtype
 from finegraft.grafting.standing import Home, changed_bias, changed_weight
+from finegraft.quantised.stored import dense, is_quantised
+from finegraft.quantised.tensor import QuantisedTensor
 from finegraft.resident.entry_writes import write_sum_
 from finegraft.select.units import EVERYTHING, Units
 
@@ -115,15 +117,21 @@ def _write_all(chain: Chain, module: Any, group: Group) -> None:
     before = _matrix(chain, module, chain.tensor)
     after = changed_weight(group, before.to(trained_dtype(stored.dtype)))
     bias = module._parameters.get("bias") if chain.op.callable else None
-    new_bias = changed_bias(group, None if bias is None else bias.detach().to(trained_dtype(bias.dtype)))
+    old_bias = None if bias is None else bias.detach().to(trained_dtype(bias.dtype))
+    new_bias = changed_bias(group, old_bias, lambda: before.to(trained_dtype(stored.dtype)))
     if bias is not None and new_bias is not None:
         _record(chain, "bias", EVERYTHING, bias.detach().unsqueeze(-1).clone())
         _put(chain, module, "bias", EVERYTHING, new_bias.unsqueeze(-1))
     elif new_bias is not None:
         _record(chain, "bias", EVERYTHING, None)
         module._parameters["bias"] = nn.Parameter(new_bias.to(stored.device, stored.dtype), requires_grad=False)
-    _record(chain, chain.tensor, EVERYTHING, before.clone())
+    _record(chain, chain.tensor, EVERYTHING, stored.detach() if is_quantised(stored) else before.clone())
     _put(chain, module, chain.tensor, EVERYTHING, after)
+
+
+def _in_format(held: Any, values: Tensor) -> Tensor:
+    """A whole matrix in the format of a quantised weight; one that is quantised already comes as it is."""
+    return values if is_quantised(values) else QuantisedTensor.of(values.to(held.dtype), held.quantiser)
 
 
 def _record(chain: Chain, tensor: str, units: Units, before: Tensor | None) -> None:
@@ -143,7 +151,7 @@ def _matrix(chain: Chain, module: Any, name: str, *, counted: bool = True) -> Te
             f"the base's {name!r} is split over processes (fully_shard), so nothing can be written into it or taken "
             "out: attach, scale, enable, merge and detach grafts before sharding the model"
         )
-    tensor = stored.detach() if counted else stored.data
+    tensor = dense(stored).detach() if counted or is_quantised(stored) else stored.data
     return chain.op.matrix(tensor) if name == chain.tensor else tensor.unsqueeze(-1)
 
 
@@ -159,6 +167,9 @@ def _put(
     counted: bool = True,
 ) -> None:
     """Let the values stand at the units, or ``over + scale * values`` where something lies beneath them."""
+    if is_quantised(module._parameters[name]):
+        module._parameters[name] = nn.Parameter(_in_format(module._parameters[name], values), requires_grad=False)
+        return
     matrix = _matrix(chain, module, name, counted=counted)
     if over is None:
         units.write_(matrix, values.to(matrix.dtype))

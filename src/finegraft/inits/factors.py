@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from finegraft.errors import SiteError
+from finegraft.inits.decompose import Triplets, leading_triplets
 from finegraft.locate.site import Site
 from finegraft.registry import inits
 
@@ -23,19 +25,31 @@ class FactorInit:
 
     Attributes:
         draw: gives the factors.
-        takes_from_weight: whether ``scale * b @ a`` is a part of the weight, to be subtracted from the change.
+        takes_from_weight: whether ``scale * b @ a`` is not to count at the start, and so is subtracted from the change:
+            a part of the weight, in most cases.
+        needs: the statistic of calibration batches that it looks at, as ``site.statistic``; see
+            :attr:`finegraft.deltas.delta.Delta.needs`.
+        moves: whether a fresh change can be another function than the base.
     """
 
     draw: Callable[[Site, int, float, torch.Generator], Factors]
     takes_from_weight: bool = False
+    needs: Literal["covariance", "gradient"] | None = None
+    moves: bool = False
 
     def __call__(self, site: Site, rank: int, scale: float, rng: torch.Generator) -> Factors:
         return self.draw(site, rank, scale, rng)
 
 
-def factor_init(name: str, *, takes_from_weight: bool = False) -> Callable[[Callable[..., Factors]], FactorInit]:
-    """Decorator that registers a start under ``name``."""
-    return lambda draw: inits.register(name)(FactorInit(draw, takes_from_weight))
+def factor_init(
+    name: str,
+    *,
+    takes_from_weight: bool = False,
+    needs: Literal["covariance", "gradient"] | None = None,
+    moves: bool = False,
+) -> Callable[[Callable[..., Factors]], FactorInit]:
+    """Decorator that registers a start under ``name``; see :class:`FactorInit`."""
+    return lambda draw: inits.register(name)(FactorInit(draw, takes_from_weight, needs, moves))
 
 
 def kaiming_uniform(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
@@ -69,20 +83,44 @@ def orthonormal(site: Site, rank: int, scale: float, rng: torch.Generator) -> Fa
 @factor_init("pissa", takes_from_weight=True)
 def pissa(site: Site, rank: int, scale: float, rng: torch.Generator) -> Factors:
     """The principal singular triplets, their values split evenly (PiSSA, Meng et al. 2024, arXiv:2404.02948)."""
-    u, s, vh = torch.linalg.svd(_dense(site, "pissa"), full_matrices=False)
-    root = (s[..., :rank] / scale).sqrt()
-    return root.unsqueeze(-1) * vh[..., :rank, :], u[..., :rank] * root.unsqueeze(-2)
+    w = dense(site, "pissa")
+    return split_evenly(leading_triplets(w, rank), scale, w.dtype)
+
+
+@factor_init("pissa-exact", takes_from_weight=True)
+def pissa_exact(site: Site, rank: int, scale: float, rng: torch.Generator) -> Factors:
+    """The same by a decomposition of the whole matrix, whatever its size."""
+    w = dense(site, "pissa-exact")
+    return split_evenly(leading_triplets(w, rank, exact=True), scale, w.dtype)
 
 
 @factor_init("olora", takes_from_weight=True)
 def olora(site: Site, rank: int, scale: float, rng: torch.Generator) -> Factors:
     """The first columns and rows of a QR decomposition (OLoRA, Büyükakyüz 2024, arXiv:2406.01775)."""
-    q, r = torch.linalg.qr(_dense(site, "olora"))
-    return r[..., :rank, :].contiguous(), q[..., :rank].contiguous()
+    w = dense(site, "olora")
+    # The first columns of Q, and with them the first rows of R, follow from the first columns of the matrix alone.
+    q, _ = torch.linalg.qr(w[..., :rank])
+    return q.mT @ w, q.contiguous()
 
 
-def _dense(site: Site, name: str) -> Tensor:
-    w = site.weight
+def split_evenly(triplets: Triplets, scale: float, dtype: torch.dtype) -> Factors:
+    """``A = sqrt(S / scale) V^T`` and ``B = U sqrt(S / scale)``, in a precision."""
+    u, s, vh = triplets
+    root = (s / scale).sqrt()
+    return (root.unsqueeze(-1) * vh).to(dtype), (u * root.unsqueeze(-2)).to(dtype)
+
+
+def dense(site: Site, name: str) -> Tensor:
+    """The base's own matrix in single precision, or in double where it is.
+
+    Args:
+        site: where.
+        name: of the init, for the error.
+
+    Raises:
+        SiteError: the weight holds whole numbers.
+    """
+    w = site.base_weight
     if not w.is_floating_point():
         raise SiteError(
             f"init {name!r} decomposes the weight, but {site.name!r} holds {w.dtype} numbers: use init: kaiming"

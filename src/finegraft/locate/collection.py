@@ -69,8 +69,8 @@ class Sites(Sequence[Site]):
                 down but at least one), ``"even"``, ``"odd"``.
             name: a glob over whole names (``"encoder.layer.*.query"``), or after ``"re:"`` a regular
                 expression that is searched for.
-            type: linear, conv, embedding, norm, tensor, sublayer or attention.
-            kind: layer, tensor, sublayer or attention. By default layers and tensors, and what ``role`` or
+            type: linear, conv, embedding, norm, tensor, sublayer, attention or input.
+            kind: layer, tensor, sublayer, attention or input. By default layers and tensors, and what ``role`` or
                 ``type`` ask for by name.
 
         Raises:

@@ -13,11 +13,14 @@ from finegraft.errors import SiteError
 from finegraft.locate.blocks import Block, Blocks, numbered_ancestors
 from finegraft.locate.collection import Sites
 from finegraft.locate.coupling import coupled
+from finegraft.locate.inputs import input_sites
+from finegraft.locate.networks import network_sites
 from finegraft.locate.ops import EMBEDDING, Op, op_for, tensor_op
 from finegraft.locate.query import alike, expression
 from finegraft.locate.roles import EXPERTS_SEGMENT, ROLES, role_of, telling_path
 from finegraft.locate.site import Site
-from finegraft.locate.sublayers import attention_calls, sublayers
+from finegraft.locate.sublayers import attention_calls, sublayers, whole_blocks
+from finegraft.quantised.stored import logical_shape
 from finegraft.registry import nearest
 
 _NOT_THE_BASE = ("finegraft", "parametrizations")
@@ -27,8 +30,8 @@ def sites(model: nn.Module, *, roles: Mapping[str, str] | None = None) -> Sites:
     """All places where a model can change, in the order of its modules.
 
     Every parameter belongs to exactly one site, as its main tensor or its bias, or to an alias of one. First
-    come layers and bare tensors, then the sublayers of each block and its attention calls, which hold no
-    parameter of their own. On a model that carries grafts, the sites are those of the base.
+    come layers and bare tensors, then the sublayers of each block, its attention calls, the inputs of stacks and whole
+    stacks, which hold no parameter of their own. On a model that carries grafts, the sites are those of the base.
 
     Args:
         model: any module.
@@ -52,7 +55,10 @@ def sites(model: nn.Module, *, roles: Mapping[str, str] | None = None) -> Sites:
     taken = {site.name for site in parts}
     calls = list(attention_calls(parts, modules, blocks))
     taken.update(site.name for site in calls)
-    return Sites([*parts, *sublayers(parts, modules, taken), *calls])
+    spans = list(sublayers(parts, modules, taken))
+    inputs = input_sites(parts, modules, taken)
+    networks = network_sites(parts, spans, calls, modules)
+    return Sites([*parts, *spans, *whole_blocks(parts, spans, modules), *calls, *inputs, *networks])
 
 
 def exactly(name: str) -> str:
@@ -97,7 +103,7 @@ class _Draft:
             module=self.holder.module,
             tensor=self.holder.attribute,
             op=self.op,
-            shape=tuple(self.holder.tensor.shape),
+            shape=logical_shape(self.holder.tensor),
             aliases=tuple((alias.name, alias.module, alias.attribute) for alias in self.aliases),
             block=block.path if block else "",
             stack=block.stack if block else "",

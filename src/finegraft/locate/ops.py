@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from finegraft.locate.low_rank_linear import add_low_rank
+from finegraft.quantised.stored import is_quantised
 
 _CONVS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
@@ -76,6 +77,8 @@ class LinearOp(Op):
         return True
 
     def apply(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        if is_quantised(module._parameters.get("weight")):
+            return F.linear(x, weight.to(x.dtype), bias)
         return F.linear(x, weight, bias) if plain(module) else None
 
     def add_low_rank(
@@ -205,15 +208,33 @@ class SublayerOp(Op):
     callable = True
 
 
+class BlockOp(SublayerOp):
+    """A whole block, residuals included."""
+
+    type = "block"
+
+
 class AttentionOp(Op):
     """An attention call: a function of queries, keys and values."""
 
     type = "attention"
 
 
+class NetworkOp(SublayerOp):
+    """A whole stack of blocks."""
+
+    type = "network"
+
+
+class InputOp(Op):
+    """The sequence that enters a stack of blocks; its matrix stands for the width of its vectors, ``(width, 1)``."""
+
+    type = "input"
+
+
 TENSOR, LINEAR, TRANSPOSED, CONV, EMBEDDING = Op(), LinearOp(), TransposedLinearOp(), ConvOp(), EmbeddingOp()
 NORM, CHANNEL_NORM = NormOp(), ChannelNormOp()
-SUBLAYER, ATTENTION = SublayerOp(), AttentionOp()
+SUBLAYER, BLOCK, NETWORK, ATTENTION, INPUT = SublayerOp(), BlockOp(), NetworkOp(), AttentionOp(), InputOp()
 
 
 _PLAIN: tuple[Any, ...] = (nn.Linear, Conv1D, *_CONVS, nn.Embedding, nn.LayerNorm)

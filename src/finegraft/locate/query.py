@@ -17,7 +17,17 @@ Wanted: TypeAlias = str | int | Sequence[str | int] | None
 Fits: TypeAlias = Callable[[Site], bool]
 
 _PARAMETER_KINDS = frozenset({"layer", "tensor"})
-_KIND_OF_WORD = {"attn": "sublayer", "ffn": "sublayer", "sublayer": "sublayer", "attention": "attention"}
+_KIND_OF_WORD = {
+    "attn": "sublayer",
+    "ffn": "sublayer",
+    "sublayer": "sublayer",
+    "block": "block",
+    "network": "network",
+    "encoder": "network",
+    "attention": "attention",
+    "input": "input",
+    "decoder_input": "input",
+}
 _LAYER_FORMS = "an index such as 3, a range such as '0-3', 'first:2', 'last:2', 'first:50%', 'even' or 'odd'"
 _LAYERS = re.compile(r"(?P<low>\d{1,9})(-(?P<high>\d{1,9}))?|(?P<end>first|last):(?P<count>\d{1,9})(?P<share>%)?")
 

@@ -17,6 +17,9 @@ inside a task head, its norms included; ``embed`` every table or tensor that mak
 """
 SUBLAYER_ROLES = ("attn", "ffn")
 ATTENTION_ROLE = "attention"
+INPUT_ROLES = ("input", "decoder_input")
+BLOCK_ROLE = "block"
+NETWORK_ROLES = ("network", "encoder")
 
 
 class Fact(NamedTuple):

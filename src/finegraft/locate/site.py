@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
+
+from finegraft.quantised.stored import dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +20,8 @@ class Site:
     Attributes:
         name: the module's path for a layer or an attention call, the full parameter name for a bare
             tensor, ``"<block>.attn"``, ``"<block>.cross_attn"`` or ``"<block>.ffn"`` for a sublayer.
-        kind: ``"layer"``, ``"tensor"``, ``"sublayer"`` or ``"attention"``.
+        kind: ``"layer"``, ``"tensor"``, ``"sublayer"``, ``"block"``, ``"network"``, ``"attention"`` or
+            ``"input"``.
         type: ``"linear"``, ``"conv"``, ``"embedding"``, ``"norm"``, ``"tensor"``, ``"sublayer"`` or
             ``"attention"``.
         role: what the site does in the network; see :data:`finegraft.locate.roles.ROLES`.
@@ -36,6 +40,12 @@ class Site:
         coupling: its part in the heads or channels of its block (:class:`~finegraft.locate.coupling.Coupling`);
             ``None`` outside of attentions and FFNs.
         chosen: the units that a selector chose here, for kinds that train a selection.
+        peers: the sites of its recipe's part that have the same changes, it among them; empty where it stands alone.
+        sources: low-rank factors ``(A, B)`` of other grafts' changes here, for starts that look at them.
+        statistic: what calibration batches gave here, for starts that look at data.
+        input: for the input of a stack, the way of a sequence through it (:class:`~finegraft.locate.inputs.Way`).
+        network: for a whole stack of blocks, what they are like (:class:`~finegraft.locate.networks.Network`).
+        before: gives the main tensor as it was before changes were written into it; ``None`` where none are.
     """
 
     name: str
@@ -53,6 +63,12 @@ class Site:
     stack: str = ""
     coupling: Any = None
     chosen: Any = None
+    peers: tuple[Site, ...] = ()
+    sources: tuple[Any, ...] = ()
+    statistic: Any = None
+    input: Any = None
+    network: Any = None
+    before: Callable[[], torch.Tensor] | None = None
 
     @cached_property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -88,8 +104,13 @@ class Site:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The main tensor as a canonical matrix ``(*batch, out, in)``, detached."""
-        return self.op.matrix(getattr(self.module, self.tensor).detach())
+        """The main tensor as a canonical matrix ``(*batch, out, in)``, detached; dense where it is quantised."""
+        return self.op.matrix(dense(getattr(self.module, self.tensor), self.module).detach())
+
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """The base's own canonical matrix, whatever stands written in the tensor."""
+        return self.weight if self.before is None else self.op.matrix(self.before())
 
     @property
     def channels(self) -> int:
@@ -102,7 +123,7 @@ class Site:
         if self.type == "conv":
             groups: Any = self.module.groups
             return self.shape[1] * groups
-        return self.fan_in if self.type in ("linear", "tensor", "sublayer") else 0
+        return self.fan_in if self.type in ("linear", "tensor", "sublayer", "block", "network") else 0
 
     @property
     def num_parameters(self) -> int:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import takewhile
 from typing import NamedTuple
 
 from torch import nn
 
 from finegraft.locate.blocks import Blocks
-from finegraft.locate.ops import ATTENTION, SUBLAYER
+from finegraft.locate.ops import ATTENTION, BLOCK, SUBLAYER
 from finegraft.locate.roles import (
     ATTENTION_ROLE,
     ATTENTION_SEGMENT,
+    BLOCK_ROLE,
     CROSS_SEGMENT,
     EXPERTS_SEGMENT,
     FFN_SEGMENT,
@@ -98,6 +100,28 @@ def sublayers(parts: Iterable[Site], modules: Mapping[str, nn.Module], taken: se
             )
 
 
+def whole_blocks(parts: Iterable[Site], spans: Iterable[Site], modules: Mapping[str, nn.Module]) -> Iterator[Site]:
+    """The blocks that take and give hidden states of one width, residuals included.
+
+    Left out are stacks that work out biases from positions in their blocks, which so must see all tokens.
+
+    Args:
+        parts: the layers and bare tensors of the model.
+        spans: its sublayers.
+        modules: the model's modules by path.
+    """
+    by_position = {site.stack for site in parts if site.block and "relative" in site.name}
+    found: dict[str, dict[str, Site]] = {}
+    for site in spans:
+        found.setdefault(site.block, {})[site.role] = site
+    for block, roles in found.items():
+        ffn = roles.get("ffn")
+        if ffn is None or "attn" not in roles or ffn.stack in by_position or ffn.fan_in != ffn.fan_out:
+            continue
+        own = replace(ffn, name=block, kind="block", type="block", role=BLOCK_ROLE)
+        yield replace(own, op=BLOCK, module=modules[block], entry=modules[block])
+
+
 class _Span(NamedTuple):
     """From the module that takes a sublayer's input to the one that gives its output, ``(out, in)`` wide."""
 
@@ -133,7 +157,9 @@ def _ffn(block: str, within: list[Site], modules: Mapping[str, nn.Module]) -> It
     for group in grouped(block, within, ("up", "gate", "down"), FFN_SEGMENT).values():
         entries = [site for site in group if site.role in ("up", "gate")]
         exits = _having(group, "down")
-        if entries and len(exits) == 1:
+        if len(entries) > 1 and len(exits) == 1 and (path := _enclosing(block, [*entries, *exits], modules)):
+            yield _Span("ffn", "ffn", modules[path], modules[path], (exits[0].fan_out, entries[0].fan_in))
+        elif entries and len(exits) == 1:
             yield from _span("ffn", "ffn", entries[0], exits[0], modules)
 
 
@@ -149,6 +175,16 @@ def _span(role: str, name: str, entry: Site, exit: Site, modules: Mapping[str, n
     enclosing = modules[_common([path_of(entry), path_of(exit)])]
     if not any("norm" in type(module).__name__.lower() for module in enclosing.modules()):
         yield _Span(role, name, enclosing, enclosing, widths)
+
+
+def _enclosing(block: str, group: list[Site], modules: Mapping[str, nn.Module]) -> str:
+    """Path of the module inside the block that is just these layers, so that its input is that of all; else empty."""
+    path = _common([path_of(site) for site in group])
+    if not path.startswith(f"{block}."):
+        return ""
+    within = (module for name, module in modules.items() if f"{name}.".startswith(f"{path}."))
+    layers = [module for module in within if next(module.parameters(recurse=False), None) is not None]
+    return path if len(layers) == len(group) else ""
 
 
 def grouped(block: str, within: list[Site], roles: tuple[str, ...], telling: re.Pattern[str]) -> dict[str, list[Site]]:

@@ -17,11 +17,12 @@ class Where(Spec):
     """A query over sites; every element must match, elements ending in ``?`` may be absent, ``!`` excludes.
 
     Attributes:
-        role: what the site does (``q``, ``k``, ``up``, ``norm`` ...); attn and ffn are whole sublayers.
+        role: what the site does (``q``, ``k``, ``up``, ``norm`` ...); attn and ffn are whole sublayers, input is where
+            a stack of blocks takes its sequence (decoder_input of a decoder that reads an encoder).
         layer: block numbers, or ``"0-3"``, ``"last:2"``, ``"first:2"``, ``"first:50%"``, ``"even"``, ``"odd"``.
         name: a glob over site names, or a regular expression after ``re:``.
-        type: linear, conv, embedding, norm, tensor, sublayer or attention.
-        kind: layer, tensor, sublayer or attention.
+        type: linear, conv, embedding, norm, tensor, sublayer, attention or input.
+        kind: layer, tensor, sublayer, attention or input.
     """
 
     role: Names | None = None

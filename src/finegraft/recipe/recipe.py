@@ -57,6 +57,14 @@ class Recipe(Spec):
                 raise ValueError(f"unknown optimizer {train.optimizer!r}; {nearest(train.optimizer, known)}")
         return train
 
+    @field_validator("control")
+    @classmethod
+    def _one_freezes_sites(cls, control: tuple[Controller, ...]) -> tuple[Controller, ...]:
+        freezing = [type(one).kind for one in control if type(one).freezes_sites]
+        if len(freezing) > 1:
+            raise ValueError(f"{' and '.join(freezing)} would each say which sites train; give one of them")
+        return control
+
     @classmethod
     def parse(cls, data: Any) -> Recipe:
         """A recipe from plain data; every problem is reported with its place in the data.
@@ -135,7 +143,8 @@ def _optimizers() -> list[str]:
 def _settings(recipe: Recipe) -> set[str]:
     names = set(Train.model_fields) | {"heads"}
     for part in recipe.parts:
-        names |= {n for delta in part.changes for n in type(delta).model_fields}
+        wrapped = (delta.of for delta in part.changes if getattr(delta, "of", None) is not None)
+        names |= {n for delta in (*part.changes, *wrapped) for n in type(delta).model_fields}
         names |= {"share"} if part.instead else set()
         names |= set(Where.model_fields) | (set(Select.model_fields) if part.select else set())
     return names.union(*(type(controller).model_fields for controller in recipe.control))
@@ -146,8 +155,11 @@ def _override(data: dict[str, Any], name: str, value: Any, recipe: Recipe) -> bo
     for part, target in zip(recipe.parts, data.get("parts", []), strict=True):
         instead = target.get("instead", {"what": []})
         for delta, settings in zip(part.changes, [*target["what"], *instead["what"]], strict=True):
+            wrapped = getattr(delta, "of", None)
             if name in type(delta).model_fields:
                 settings[name], reached = value, True
+            elif wrapped is not None and name in type(wrapped).model_fields:
+                settings.setdefault("of", {"kind": wrapped.kind})[name], reached = value, True
         if part.instead is not None and name == "share":
             instead[name], reached = value, True
         if part.select is not None and name in Select.model_fields:

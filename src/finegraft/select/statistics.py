@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from finegraft.errors import RecipeError, SiteError
+from finegraft.errors import FinegraftError, RecipeError, SiteError
 from finegraft.locate.site import Site
+from finegraft.quantised.stored import is_quantised
 
 Take = Callable[[Site, Tensor], None]
 
@@ -23,6 +25,22 @@ _OF_GRADIENT: dict[str, Callable[[Tensor], Tensor]] = {
     "signed": lambda gradient: gradient,
     "square": torch.square,
 }
+
+
+def _squares(x: Float[Tensor, "*tokens in"]) -> Float[Tensor, " in"]:
+    return x.reshape(-1, x.shape[-1]).square().sum(0)
+
+
+def _covariance(x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "in in"]:
+    """``x^T x``, each sample divided by its largest number, so that none outweighs the others (CorDA)."""
+    samples = x.reshape(x.shape[0] if x.ndim > 2 else 1, -1, x.shape[-1])
+    largest = samples.amax((-2, -1), keepdim=True).abs().clamp_min(torch.finfo(x.dtype).tiny)
+    rows = (samples / largest).flatten(0, 1)
+    return rows.mT @ rows
+
+
+_OF_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {"inputs": _squares, "covariance": _covariance}
+"""Of inputs; all others are of gradients."""
 
 
 def measure(model: nn.Module, sites: Sequence[Site], batches: Sequence[Any], needs: str, take: Take) -> None:
@@ -34,11 +52,12 @@ def measure(model: nn.Module, sites: Sequence[Site], batches: Sequence[Any], nee
     Args:
         sites: layers or bare tensors; for inputs linear layers.
         batches: mappings for ``model(**batch)``, with labels where gradients are needed.
-        needs: ``absolute``, ``signed``, ``square`` or ``inputs``; see :class:`finegraft.select.scores.Score`.
+        needs: ``absolute``, ``signed``, ``square`` or ``inputs``; see :class:`finegraft.select.scores.Score`. Or the
+            ``covariance`` of inputs.
         take: must not keep the tensor, unless it is to stay alive.
 
     Raises:
-        RecipeError: no batch, one that is no mapping, or no loss, or none that is a finite number.
+        RecipeError: no batch, one that is no mapping or that the model refuses, or no loss that is a finite number.
         SiteError: inputs of a site that takes no vectors.
     """
     if not batches:
@@ -46,10 +65,10 @@ def measure(model: nn.Module, sites: Sequence[Site], batches: Sequence[Any], nee
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise RecipeError(f"a calibration batch must be a mapping for model(**batch), not {type(batch).__name__}")
-    if needs == "inputs":
-        with _at_rest(model), _inputs_met(sites, take), torch.no_grad():
-            for batch in batches:
-                model(**batch)
+    if needs in _OF_INPUTS:
+        with _at_rest(model), _inputs_met(sites, _OF_INPUTS[needs], take), torch.no_grad():
+            for number, batch in enumerate(batches):
+                _output(model, batch, number)
         return
     with _at_rest(model), _gradients_met(sites, _OF_GRADIENT[needs], take), torch.enable_grad():
         for number, batch in enumerate(batches):
@@ -59,11 +78,23 @@ def measure(model: nn.Module, sites: Sequence[Site], batches: Sequence[Any], nee
 
 
 def _labels(needs: str) -> str:
-    return "" if needs == "inputs" else " with labels"
+    return "" if needs in _OF_INPUTS else " with labels"
+
+
+def _output(model: nn.Module, batch: Mapping[str, Any], number: int) -> Any:
+    try:
+        return model(**batch)
+    except (FinegraftError, torch.OutOfMemoryError):
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        raise RecipeError(
+            f"{type(model).__name__} refuses calibration batch {number}, which holds {sorted(batch)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Any], number: int) -> Tensor:
-    output = model(**batch)
+    output = _output(model, batch, number)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
         raise RecipeError(f"the model gives no loss for a calibration batch with {sorted(batch)}; does it hold labels?")
@@ -98,6 +129,11 @@ def _gradients_met(sites: Iterable[Site], statistic: Callable[[Tensor], Tensor],
     try:
         for site in sites:
             parameter: Any = site.module._parameters[site.tensor]
+            if is_quantised(parameter):
+                raise SiteError(
+                    f"there is no gradient of {site.name!r}, whose weight is quantised: take one of the dense base "
+                    "(fg.dequantise), or a method that needs none"
+                )
             parameter.requires_grad_(True)
             hooks.append(parameter.register_post_accumulate_grad_hook(_gradient_taker(site, statistic, take)))
         yield
@@ -116,24 +152,24 @@ def _gradient_taker(site: Site, statistic: Callable[[Tensor], Tensor], take: Tak
 
 
 @contextmanager
-def _inputs_met(sites: Iterable[Site], take: Take) -> Iterator[None]:
+def _inputs_met(sites: Iterable[Site], statistic: Callable[[Tensor], Tensor], take: Take) -> Iterator[None]:
     hooks = []
     try:
         for site in sites:
             if site.type != "linear":
                 raise SiteError(f"scores by inputs are for linear layers; {site.name!r} is a {site.type} site")
-            hooks.append(site.module.register_forward_pre_hook(_input_taker(site, take), with_kwargs=True))
+            taker = _input_taker(site, statistic, take)
+            hooks.append(site.module.register_forward_pre_hook(taker, with_kwargs=True))
         yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _input_taker(site: Site, take: Take) -> Any:
+def _input_taker(site: Site, statistic: Callable[[Tensor], Tensor], take: Take) -> Any:
     def on_input(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         x = args[0] if args else named["input"]
-        rows = _precise(x.detach()).reshape(-1, site.fan_in)
-        take(site, rows.square().sum(0))
+        take(site, statistic(_precise(x.detach())))
 
     return on_input
 

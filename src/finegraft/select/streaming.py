@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,6 +70,51 @@ def stream(
             _by_entries(model, turn, batches, score.needs, units, finish)
 
 
+def totals(model: nn.Module, sites: Sequence[Site], batches: Sequence[Any], needs: str, take: Take) -> None:
+    """``take(site, total)`` gets a statistic of each site over all batches once, in any order, and need not keep it.
+
+    Gradients of a single batch come one by one, while backward runs. Otherwise sites take turns, each turn a pass over
+    the batches, so that no more is kept than the statistics of the largest block, or 64 MiB, whichever is more.
+
+    Args:
+        model: the base.
+        sites: where.
+        batches: calibration data.
+        needs: ``gradient``, summed over the batches; or ``covariance`` of inputs, the mean over samples, of which the
+            first tensor of a batch has one in each row.
+        take: gets float32 statistics (float64 on such weights).
+
+    Raises:
+        SiteError: a statistic is not finite.
+    """
+    of_gradient = needs == "gradient"
+    kind = "signed" if of_gradient else needs
+    samples = 1 if of_gradient else sum(map(_samples, batches))
+
+    def finish(site: Site, total: Tensor) -> None:
+        if not bool(total.isfinite().all()):
+            raise SiteError(f"the {needs} on {site.name!r} is not a finite number everywhere")
+        take(site, total)
+
+    def size(site: Site) -> int:
+        return _bytes(site) if of_gradient else _bytes(site) // site.fan_out * site.fan_in
+
+    if of_gradient and len(batches) == 1:
+        _by_one_batch(model, sites, batches, kind, lambda site, total: total, finish)
+        return
+    for turn in _turns(sites, size):
+        found: dict[str, Tensor] = {}
+        measure(model, turn, batches, kind, partial(_add, found))
+        for site in turn:
+            total = found.pop(site.name, None)
+            finish(site, _nothing(site, needs) if total is None else total / samples)
+
+
+def _samples(batch: Any) -> int:
+    values = batch.values() if isinstance(batch, Mapping) else ()
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 1)
+
+
 Units = Callable[[Site, Tensor], Tensor]
 
 
@@ -125,27 +171,28 @@ def _add(found: dict[str, Tensor], site: Site, piece: Tensor) -> None:
         found[site.name] = piece.clone()
 
 
-def _nothing(site: Site) -> Tensor:
-    """The statistic of a site that no loss depends on."""
-    return torch.zeros_like(site.weight, dtype=torch.float32, memory_format=torch.contiguous_format)
-
-
-def _turns(sites: Sequence[Site]) -> list[list[Site]]:
-    blocks: dict[str, int] = {}
-    for site in sites:
-        key = site.block or site.name
-        blocks[key] = blocks.get(key, 0) + _bytes(site)
-    room = max(ROOM, *blocks.values())
-    turns: list[list[Site]] = [[]]
-    taken = 0
-    for site in sites:
-        if taken + _bytes(site) > room:
-            turns.append([])
-            taken = 0
-        turns[-1].append(site)
-        taken += _bytes(site)
-    return turns
+def _nothing(site: Site, needs: str = "gradient") -> Tensor:
+    """The statistic of a site that no loss depends on, or that no batch reaches."""
+    shape = site.matrix_shape if needs != "covariance" else (site.fan_in, site.fan_in)
+    return torch.zeros(shape, device=site.weight.device)
 
 
 def _bytes(site: Site) -> int:
     return site.weight.numel() * (8 if site.weight.dtype == torch.float64 else 4)
+
+
+def _turns(sites: Sequence[Site], size: Callable[[Site], int] = _bytes) -> list[list[Site]]:
+    blocks: dict[str, int] = {}
+    for site in sites:
+        key = site.block or site.name
+        blocks[key] = blocks.get(key, 0) + size(site)
+    room = max(ROOM, *blocks.values())
+    turns: list[list[Site]] = [[]]
+    taken = 0
+    for site in sites:
+        if taken + size(site) > room:
+            turns.append([])
+            taken = 0
+        turns[-1].append(site)
+        taken += size(site)
+    return turns

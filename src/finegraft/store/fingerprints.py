@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from finegraft.errors import BaseMismatch, StoreError
+from finegraft.quantised.stored import logical_shape, telling
 
 SAMPLES = 1024  # entries read per tensor: enough to tell checkpoints apart, quick on any size of model
 
@@ -47,10 +48,10 @@ class Fingerprint(BaseModel, frozen=True, extra="forbid", strict=True):
 def fingerprint(tensors: Iterable[tuple[str, Tensor]], *, name: str | None = None) -> Fingerprint:
     """The fingerprint of a base, the same in whatever order its tensors come.
 
-    At most 1024 evenly strided entries of each tensor are read, the first and the last always among them,
-    and rounded to bfloat16 before hashing. A checkpoint therefore has one fingerprint whether it is loaded
-    in float32 or bfloat16. Loaded in float16 it may have another: a value rounded twice can land beside
-    one rounded once, and float16 overflows above 65504.
+    At most 1024 evenly strided entries of each tensor are read, the first and the last always among them, and
+    rounded to bfloat16 before hashing. A checkpoint therefore has one fingerprint whether it is loaded in
+    float32 or bfloat16. Quantised weights count by the numbers they stand for. Loaded in float16 it may have
+    another: a value rounded twice can land beside one rounded once, and float16 overflows above 65504.
 
     Another checkpoint differs all over and is told apart with certainty; a change of a few entries of a large
     tensor can miss the samples.
@@ -72,8 +73,8 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]], *, name: str | None = Non
             raise StoreError(
                 f"{tensor_name!r} is on the meta device and has no values to fingerprint: load the base's weights first"
             )
-        structures[tensor_name] = repr(tuple(tensor.shape)).encode()
-        contents.append((tensor_name, _sampled_bytes(tensor.detach())))
+        structures[tensor_name] = repr(logical_shape(tensor)).encode()
+        contents.append((tensor_name, _sampled_bytes(telling(tensor).detach())))
         parameters += tensor.numel()
     return Fingerprint(
         structure=_combined(structures.items()),
