@@ -163,9 +163,10 @@ class Control:
             self._runs[int(number)][1].memory[name] = tensor.to(device)
         frozen = set(facts["frozen"])
         for key, slot in self._graft.deltas.items():
-            names = {f"{key}/{name}" for name, _ in slot.named_parameters()} & set(flags)
-            if names:
-                set_trainable(self._graft, [slot], not names & frozen)
+            names = {name for name, _ in slot.named_parameters() if f"{key}/{name}" in flags}
+            for flag in (False, True):
+                if turned := [name for name in names if (f"{key}/{name}" not in frozen) is flag]:
+                    set_trainable(self._graft, [slot], flag, only=turned)
 
 
 def _require_together(graft: Graft, optimizer: Optimizer, total_steps: int) -> None:

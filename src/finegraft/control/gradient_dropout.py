@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -11,6 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from finegraft.control.answers import answers, base_answers
 from finegraft.control.controller import Controller
 from finegraft.control.processes import mean_over_processes
 from finegraft.control.run import Run
@@ -76,43 +75,10 @@ def chance_to_stay(own: Float[Tensor, ...], teacher: Float[Tensor, ...]) -> Floa
 
 def distance_to_teacher(run: Run, batch: Any) -> Tensor:
     """Mean cross-entropy of the model's answers to a batch with those it gives without the graft, as soft labels."""
-    model = run.graft.model
-    with torch.no_grad(), _evaluating(model), _out_of_force(run):
-        soft = _answers(model, batch).softmax(-1)
-    losses = -(soft * _answers(model, batch).log_softmax(-1)).sum(-1)
+    kind = GradientDropout.kind
+    soft = base_answers(run, batch, kind).softmax(-1)
+    losses = -(soft * answers(run, batch, kind).log_softmax(-1)).sum(-1)
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.shape == losses.shape and bool((labels == _NO_LABEL).any()):
         return losses[labels != _NO_LABEL].mean()
     return losses.mean()
-
-
-def _answers(model: nn.Module, batch: Any) -> Tensor:
-    result = model(**batch)
-    logits = result.get("logits") if hasattr(result, "get") else getattr(result, "logits", None)
-    if logits is None:
-        raise RecipeError(
-            "control 'gradient-dropout' compares logits with those of the base; this model returns none "
-            f"(it gives {type(result).__name__})"
-        )
-    return logits.float()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _out_of_force(run: Run) -> Iterator[None]:
-    before = run.graft.scale
-    run.graft.scale = 0.0  # heads are not scaled, and so stay
-    try:
-        yield
-    finally:
-        run.graft.scale = before

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from finegraft.deltas.additive import Additive
+from finegraft.deltas.additive import Factored
 from finegraft.deltas.delta import Shapes
 from finegraft.inits.factors import kaiming_uniform
 from finegraft.locate.site import Site
@@ -16,7 +17,7 @@ from finegraft.registry import kinds
 
 
 @kinds.register("block-low-rank")
-class BlockLowRank(Additive):
+class BlockLowRank(Factored):
     """``W + (alpha / rank) blockdiag(B_1 A_1, ..., B_n A_n)``: of rank ``n rank`` with the numbers of ``rank`` alone.
 
     Attributes:
@@ -39,12 +40,17 @@ class BlockLowRank(Additive):
     def initial(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
         return {"a": kaiming_uniform(self.shapes(site)["a"], rng)}
 
-    def change(self, p: Any) -> Tensor:
-        blocks = self.alpha / self.rank * (p.b @ p.a)
-        diagonal = torch.eye(blocks.shape[-3], dtype=blocks.dtype, device=blocks.device)
-        return (blocks.unsqueeze(-2) * diagonal[:, None, :, None]).flatten(-2).flatten(-3, -2)
+    @property
+    def rank_axes(self) -> dict[str, tuple[int, ...]]:
+        return {"a": (-2,), "b": (-1,)}
 
-    def act(self, p: Any, x: Tensor) -> Tensor:
-        hidden = torch.einsum("...ni,nri->...nr", x.unflatten(-1, (p.a.shape[0], -1)), p.a.to(x.dtype))
-        scaled = self.alpha / self.rank * p.b.to(x.dtype)
-        return torch.einsum("...nr,nor->...no", hidden, scaled).flatten(-2)
+    def inner_width(self, p: Any) -> int:
+        return int(p.a.shape[-3]) * self.rank
+
+    def factors(self, p: Any) -> tuple[Tensor, Tensor]:
+        return _block_diagonal(p.a), _block_diagonal(self.alpha / max(1, self.rank) * p.b)
+
+
+def _block_diagonal(blocks: Float[Tensor, "*batch n rows columns"]) -> Float[Tensor, "*batch height width"]:
+    diagonal = torch.eye(blocks.shape[-3], dtype=blocks.dtype, device=blocks.device)
+    return (blocks.unsqueeze(-2) * diagonal[:, None, :, None]).flatten(-2).flatten(-3, -2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -51,6 +52,9 @@ class Fourier(Delta):
         rng = torch.Generator().manual_seed(self.seed)
         places = torch.randperm(site.fan_out * site.fan_in, generator=rng)[: self.frequencies]
         return {"places": places}
+
+    def working_key(self, site: Site) -> Hashable:
+        return site.fan_out * site.fan_in
 
     def weight(self, p: Any, w: Tensor) -> Tensor:
         entries = precise(p.spectrum)

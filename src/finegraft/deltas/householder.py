@@ -42,6 +42,9 @@ class Householder(InputMap):
         half = kaiming_uniform((*site.batch, self.reflections // 2, self.width(site)), rng)
         return {"vectors": half.repeat_interleave(2, dim=-2)}
 
+    def frames(self, p: Any) -> list[Tensor]:
+        return [torch.nn.functional.normalize(p.vectors, dim=-1)]
+
     def turn(self, p: Any, x: Tensor) -> Tensor:
         u, tu = _factors(p.vectors)
         return add_low_rank(x, x, u, -tu.transpose(-1, -2), scale=1.0)

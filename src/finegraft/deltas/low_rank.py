@@ -47,7 +47,26 @@ class LowRank(Delta):
     @property
     def scale(self) -> float:
         """The factor ``s``."""
-        return self.alpha / (self.rank if self.scaling == "alpha/r" else math.sqrt(self.rank))
+        rank = max(1, self.rank)  # none may be left of a change whose ranks were dropped
+        return self.alpha / (rank if self.scaling == "alpha/r" else math.sqrt(rank))
+
+    @property
+    def rank_axes(self) -> dict[str, tuple[int, ...]]:
+        axes: dict[str, tuple[int, ...]] = {"a": (-2,), "b": (-1,)}
+        if self.offset:
+            axes["c"] = (-1,)
+        return {**axes, "a0": (-2,), "b0": (-1,)} if inits[self.init].takes_from_weight else axes
+
+    def frames(self, p: Any) -> list[Tensor]:
+        return [p.a, p.b.transpose(-1, -2)]
+
+    @property
+    def needs(self) -> Literal["covariance", "gradient"] | None:
+        return inits[self.init].needs
+
+    @property
+    def starts_as_identity(self) -> bool:
+        return not inits[self.init].moves
 
     @property
     def rounds_at_start(self) -> bool:
@@ -55,7 +74,8 @@ class LowRank(Delta):
 
     def fits(self, site: Site) -> None:
         super().fits(site)
-        inits[self.init]
+        if self.needs == "covariance" and site.type != "linear":
+            raise SiteError(f"init {self.init!r} looks at inputs of linear layers; {site.name!r} is a {site.type} site")
         largest = min(site.fan_in, site.fan_out)
         if self.rank > largest:
             raise SiteError(

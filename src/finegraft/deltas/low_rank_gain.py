@@ -38,6 +38,10 @@ class LowRankGain(Delta):
     def initial(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
         return {"a": kaiming_uniform(self.shapes(site)["a"], rng)}
 
+    @property
+    def rank_axes(self) -> dict[str, tuple[int, ...]]:
+        return {"a": (-2,), "b": (-1,)}
+
     def weight(self, p: Any, w: Tensor) -> Tensor:
         return w * (1 + self.scale * (p.b @ p.a)).to(w.dtype)
 

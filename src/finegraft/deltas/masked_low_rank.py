@@ -45,7 +45,12 @@ class MaskedLowRank(Delta):
     @cached_property
     def factors(self) -> LowRank:
         """The change without the mask."""
-        return LowRank(rank=self.rank, alpha=self.alpha, scaling=self.scaling, init=self.init)
+        settings: dict[str, Any] = {"rank": self.rank, "alpha": self.alpha, "scaling": self.scaling, "init": self.init}
+        return LowRank.model_construct(**settings)  # checked here already, but for a rank of 0, where none is left
+
+    @property
+    def needs(self) -> Literal["covariance", "gradient"] | None:
+        return self.factors.needs
 
     @property
     def rounds_at_start(self) -> bool:
@@ -63,6 +68,10 @@ class MaskedLowRank(Delta):
 
     def initial(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
         return self.factors.initial(site, rng)
+
+    @property
+    def rank_axes(self) -> dict[str, tuple[int, ...]]:
+        return self.factors.rank_axes
 
     def weight(self, p: Any, w: Tensor) -> Tensor:
         change = self.factors.change(p, w.dtype)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from finegraft.deltas.delta import Delta, Layer, Shapes
@@ -22,6 +22,7 @@ class OutputLowRank(Delta):
     Attributes:
         rank: inner width.
         scale: the factor ``s``.
+        skip: share of passes in training that leave the change out at a site; others scale it by ``1 / (1 - skip)``.
     """
 
     kind = "output-low-rank"
@@ -29,12 +30,17 @@ class OutputLowRank(Delta):
 
     rank: PositiveInt = 8
     scale: PositiveFloat = 1.0
+    skip: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def shapes(self, site: Site) -> Shapes:
         return {"a": (*site.batch, self.rank, site.channels), "b": (*site.batch, site.channels, self.rank)}
 
     def initial(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
         return {"a": kaiming_uniform(self.shapes(site)["a"], rng)}
+
+    @property
+    def rank_axes(self) -> dict[str, tuple[int, ...]]:
+        return {"a": (-2,), "b": (-1,)}
 
     def weight(self, p: Any, w: Tensor) -> Tensor:
         a, b = self.scale * p.a.to(w.dtype), p.b.to(w.dtype)
@@ -47,4 +53,7 @@ class OutputLowRank(Delta):
 
     def forward(self, p: Any, layer: Layer, x: Tensor) -> Tensor:
         y = layer(x)
-        return add_low_rank(y, y, p.a, p.b, scale=self.scale)
+        b = p.b
+        if self.skip and p.training:
+            b = b * (torch.full((1,), 1 - self.skip, device=b.device, dtype=b.dtype).bernoulli() / (1 - self.skip))
+        return add_low_rank(y, y, p.a, b, scale=self.scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from finegraft.deltas.additive import Factored
-from finegraft.deltas.delta import Shapes
+from finegraft.deltas.delta import Layer, Shapes
+from finegraft.deltas.fixed_factors import add_between
 from finegraft.inits.factors import kaiming_uniform
 from finegraft.locate.site import Site
 from finegraft.registry import kinds
@@ -49,8 +51,23 @@ class RandomBasis(Factored):
     def working(self, site: Site) -> dict[str, Tensor]:
         return self._drawn(site, torch.Generator().manual_seed(self.seed)) if self.frozen else {}
 
+    def working_key(self, site: Site) -> Hashable:
+        return site.matrix_shape if self.frozen else None
+
     def _drawn(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
         return {name: kaiming_uniform(shape, rng) for name, shape in self._factor_shapes(site).items()}
+
+    @property
+    def rank_axes(self) -> dict[str, tuple[int, ...]]:
+        return {} if self.frozen else {"a": (-2,), "b": (-1,), "d": (-1,)}
+
+    def inner_width(self, p: Any) -> int:
+        return self.rank
+
+    def forward(self, p: Any, layer: Layer, x: Tensor) -> Tensor:
+        if not self.frozen or layer.op.type != "linear" or self.dense_takes_less(p, layer, x):
+            return super().forward(p, layer, x)
+        return add_between(x, layer(x), p.a, p.b, p.d, p.e)
 
     def factors(self, p: Any) -> tuple[Tensor, Tensor]:
         # All that trains on one side: the other then needs no gradient, and the input is not kept.

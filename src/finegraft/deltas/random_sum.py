@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from finegraft.deltas.additive import Factored
 from finegraft.deltas.delta import Shapes
@@ -50,7 +52,20 @@ class RandomSum(Factored):
         b = kaiming_uniform((*site.batch, wide, self.rank * terms), rng)
         return {"a": a, "into_out": b} if site.fan_in <= site.fan_out else {"a": a, "from_in": b.transpose(-1, -2)}
 
+    def working_key(self, site: Site) -> Hashable:
+        return site.matrix_shape
+
+    def inner_width(self, p: Any) -> int:
+        return int(p.values.shape[-1]) * self.rank
+
     def factors(self, p: Any) -> tuple[Tensor, Tensor]:
-        scaled = p.values.unsqueeze(-1) * p.a.unsqueeze(-2) * p.gains.unsqueeze(-3)
-        a = self.alpha / self.rank * scaled.flatten(-3, -2)
+        inputs = p.values, p.a, p.gains
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            a = self._scaled(*inputs)
+        else:  # its products are as large as the weight, and cheap
+            a = checkpoint(self._scaled, *inputs, use_reentrant=False, preserve_rng_state=False)
         return (a, p.into_out) if hasattr(p, "into_out") else (p.from_in, a.transpose(-1, -2))
+
+    def _scaled(self, values: Tensor, a: Tensor, gains: Tensor) -> Tensor:
+        scaled = values.unsqueeze(-1) * a.unsqueeze(-2) * gains.unsqueeze(-3)
+        return self.alpha / self.rank * scaled.flatten(-3, -2)

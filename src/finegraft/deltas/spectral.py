@@ -12,7 +12,7 @@ from torch import Tensor
 from finegraft.deltas.additive import Factored
 from finegraft.deltas.core import drawing
 from finegraft.deltas.delta import Layer, Shapes
-from finegraft.deltas.rebuilding import rebuilding_weight
+from finegraft.deltas.fixed_factors import add_between
 from finegraft.errors import SiteError
 from finegraft.inits.decompose import check_decomposable, singular_triplets
 from finegraft.locate.site import Site
@@ -40,10 +40,6 @@ class Spectral(Factored):
     band: NonNegativeInt = 0
     rank: PositiveInt | None = None
     seed: NonNegativeInt = 0
-
-    @property
-    def reads_weight(self) -> bool:
-        return self.rank is None
 
     def fits(self, site: Site) -> None:
         super().fits(site)
@@ -84,5 +80,11 @@ class Spectral(Factored):
         middle = p.values.new_zeros(*p.values.shape[:-1], n * n).scatter(-1, p.index, p.values).unflatten(-1, (n, n))
         return middle @ p.v, p.u
 
+    def inner_width(self, p: Any) -> int:
+        return int(p.v.shape[-2])
+
     def forward(self, p: Any, layer: Layer, x: Tensor) -> Tensor:
-        return rebuilding_weight(self, p, layer, x) if self.reads_weight else super().forward(p, layer, x)
+        diagonal = self.band == 0 and self.support == "banded"
+        if not diagonal or layer.op.type != "linear" or self.dense_takes_less(p, layer, x):
+            return super().forward(p, layer, x)
+        return add_between(x, layer(x), p.v, p.u, p.values)

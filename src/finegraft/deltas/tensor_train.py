@@ -73,11 +73,16 @@ class TensorTrain(Factored):
 
 def contract(cores: list[Float[Tensor, "*batch left n right"]]) -> Float[Tensor, "*batch numbers"]:
     """The numbers of a tensor train, the last digit running fastest."""
+    return strung(cores).flatten(-3)
+
+
+def strung(cores: list[Float[Tensor, "*batch left n right"]]) -> Float[Tensor, "*batch left numbers right"]:
+    """A piece of a tensor train as one tensor."""
     joined = cores[0]
     for core in cores[1:]:
         product = joined.flatten(-3, -2) @ core.flatten(-2)
-        joined = product.view(*core.shape[:-3], 1, -1, core.shape[-1])
-    return joined.flatten(-3)
+        joined = product.view(*core.shape[:-3], joined.shape[-3], -1, core.shape[-1])
+    return joined
 
 
 def digits_of(number: int, largest: int) -> list[int]:

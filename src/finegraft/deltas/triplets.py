@@ -65,6 +65,18 @@ class Triplets(Factored):
         parts = ldu(site, self.rank) if self.basis == "ldu" else singular_triplets(site, self.rank, self.first)
         return dict(zip(("u", "s", "v"), (t.contiguous() for t in parts), strict=True))
 
+    @property
+    def rank_axes(self) -> dict[str, tuple[int, ...]]:
+        trained = {} if self.train == "vectors" else {"values": (-1,)}
+        trained |= {} if self.train == "values" else {"a": (-1,), "c": (-2,)}
+        return {**trained, "u": (-1,), "s": (-1,), "v": (-2,)}
+
+    def frames(self, p: Any) -> list[Tensor]:
+        return [] if self.train == "values" else [(p.u + p.a).transpose(-1, -2), p.v + p.c]
+
+    def inner_width(self, p: Any) -> int:
+        return self.rank * (1 if self.train == "values" else 2)
+
     def factors(self, p: Any) -> tuple[Tensor, Tensor]:
         values = p.s if self.train == "vectors" else p.s + p.values
         moved = values if not self.learned_scale else values * (1 + p.scale)
