@@ -33,6 +33,32 @@ method(
     train={"lr": 1e-3},
 )
 method(
+    "scaled-parallel-adapter",
+    "Towards a Unified View of Parameter-Efficient Transfer Learning",
+    2022,
+    "https://arxiv.org/abs/2110.04366",
+    parts=[
+        {
+            "where": {"role": "ffn"},
+            "what": {"kind": "bottleneck", "placement": "parallel", "gate": "site", "scale": 1.0, "width": 32},
+        }
+    ],
+    train={"lr": 1e-3},
+    note="The scale trains, from 1; parallel-adapter has the paper's fixed scale of 4.",
+)
+method(
+    "adapter-drop",
+    "AdapterDrop: On the Efficiency of Adapters in Transformers",
+    2021,
+    "https://arxiv.org/abs/2010.11918",
+    parts=[
+        {"where": {"role": "ffn", "layer": "!first:40%"}, "what": {"kind": "bottleneck", "init": "bert", "width": 24}}
+    ],
+    train={"lr": 2e-3},
+    note="No adapters in the lowest blocks, 4 of 12, through which then no gradient runs. skip=0.5 drops adapters at "
+    "random while training, for one that may lose any of them.",
+)
+method(
     "mam",
     "Towards a Unified View of Parameter-Efficient Transfer Learning",
     2022,
@@ -43,13 +69,4 @@ method(
     ],
     train={"lr": 2e-3},
     note="Smaller than the paper's (prefix 30, width 512), and with prefix tables that train directly.",
-)
-method(
-    "prefix-tuning",
-    "Prefix-Tuning: Optimizing Continuous Prompts for Generation",
-    2021,
-    "https://arxiv.org/abs/2101.00190",
-    parts=[{"where": {"role": "attention"}, "what": {"kind": "prefix", "length": 20}}],
-    train={"lr": 0.03},
-    note="The tables train directly, without the paper's perceptron.",
 )
