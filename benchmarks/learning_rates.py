@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 import quality_run
+from lines import append, read_lines
+from quality_comparison import RESULTS
 from quality_contenders import ENTRANTS, Entrant
 from quality_run import DATA, Job, Settings, run
-from selective_quality import RESULTS, append, read_lines
 
 LINES = RESULTS / "learning_rates.jsonl"
 TABLE = RESULTS / "learning_rates.md"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from contenders import FULL, PEFT_LORA, TWIN, Contender, Training, starter
+from contenders import FULL, PEFT_LORA, Contender, Training, starter, twin_of
 from finegraft.testing.memory import floor_bytes, held_bytes, saved_bytes
 from shapes import Shape
 
@@ -23,10 +23,11 @@ class Step:
         contender: its name.
         trained: how many numbers train.
         milliseconds: median time of a step.
-        ratio: median over rounds of its time by that of PEFT LoRA in the same round.
+        ratio: median over rounds of its time by that of the reference, PEFT LoRA by default, in the same round.
         ratios: all of them, ascending.
         of_full: the same by that of full fine-tuning; 0 where that was not measured.
         optimizer: bytes of the optimizer's state.
+        attach: seconds to attach it.
         memory: peak bytes over the weights, 0 where not measured.
     """
 
@@ -37,6 +38,7 @@ class Step:
     ratios: list[float]
     of_full: float
     optimizer: int
+    attach: float
     memory: int = 0
 
 
@@ -51,16 +53,19 @@ class Kept:
     held_ratio: float
 
 
-def take_turns(contenders: Sequence[Contender], shape: Shape, *, rounds: int, clock: Clock) -> list[Step]:
-    """Time whole steps, interleaved; a twin of PEFT LoRA shows what the run can resolve.
+def take_turns(
+    contenders: Sequence[Contender], shape: Shape, *, rounds: int, clock: Clock, reference: Contender = PEFT_LORA
+) -> list[Step]:
+    """Time whole steps, interleaved; a twin of the reference shows what the run can resolve.
 
     Raises:
         ValueError: contenders that should train equally many numbers do not.
     """
-    start = starter(shape)
+    start = starter(shape, clock)
     trainings = {c.name: start(c) for c in contenders}
     _insist_on_equal_terms(contenders, trainings)
-    trainings[TWIN.name] = start(TWIN)
+    twin = twin_of(reference)
+    trainings[twin.name] = start(twin)
     names = list(trainings)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(WARM_UP + rounds):
@@ -69,7 +74,7 @@ def take_turns(contenders: Sequence[Contender], shape: Shape, *, rounds: int, cl
             seconds = _timed(trainings[name], clock)
             if turn >= WARM_UP:
                 times[name].append(seconds)
-    return [_row(name, trainings[name], times) for name in names]
+    return [_row(name, trainings[name], times, reference.name) for name in names]
 
 
 def _timed(training: Training, clock: Clock) -> float:
@@ -78,11 +83,12 @@ def _timed(training: Training, clock: Clock) -> float:
     return clock() - began
 
 
-def _row(name: str, training: Training, times: dict[str, list[float]]) -> Step:
-    ratios = sorted(_ratios(times, name, PEFT_LORA.name))
+def _row(name: str, training: Training, times: dict[str, list[float]], reference: str) -> Step:
+    ratios = sorted(_ratios(times, name, reference))
     of_full = median(_ratios(times, name, FULL.name)) if FULL.name in times else 0.0
     milliseconds = 1000 * median(times[name])
-    return Step(name, training.trained, milliseconds, median(ratios), ratios, of_full, training.optimizer_bytes)
+    state, attach = training.optimizer_bytes, training.attach_seconds
+    return Step(name, training.trained, milliseconds, median(ratios), ratios, of_full, state, attach)
 
 
 def _ratios(times: dict[str, list[float]], name: str, other: str) -> list[float]:

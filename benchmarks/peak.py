@@ -45,10 +45,11 @@ def measure(shape_name: str, contender_name: str) -> dict[str, int]:
     """Peak bytes over weights of two steps, in this process."""
     import torch
 
+    import structured_contenders
     from contenders import NAMED, Training, starter
     from shapes import BERT_TINY, LLAMA_TINY, SHAPES
 
-    shape, contender = SHAPES[shape_name], NAMED[contender_name]
+    shape, contender = SHAPES[shape_name], {**structured_contenders.NAMED, **NAMED}[contender_name]
     starter(BERT_TINY if shape.head else LLAMA_TINY)(contender).step()
     base, batch = shape.build(), shape.batch()
     with torch.no_grad():

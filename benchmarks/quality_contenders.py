@@ -43,6 +43,10 @@ class Entrant:
         """What is trained, before its budget is brought to the common share."""
         return resolve("lora" if self.method is None else self.method, **self.changes)
 
+    def wrapped(self, base: nn.Module) -> PeftChange | None:
+        """The base under PEFT's change, which takes part as a reference; None for what finegraft trains."""
+        return PeftLora(base, self.recipe.train) if self.method is None else None
+
     def data(self) -> dict[str, Any]:
         """All that decides what is trained, as plain data."""
         data = self.recipe.data()
@@ -69,10 +73,11 @@ ENTRANTS = (
     *(_chosen(name, "informed") for name in ("neuroada", "spt", "spt-lora", "sft-ag", "sft-ma", "lt-sft", "smt")),
     _chosen("s2ft", "informed", score="magnitude"),
     *(Entrant(name, name) for name in ("r-amt", "finegates", "dopamine", "bitfit", "layer-norm", "adapterbias")),
-    *(Entrant(name, name) for name in ("t-few", "intrinsic-dimension", "hft", "lisa", "ist", "fpf", "k-fpf")),
+    *(Entrant(name, name) for name in ("t-few", "hft", "lisa", "ist", "fpf", "k-fpf")),
     *(Entrant(name, name) for name in ("layerwise-decay", "freeze-lower", "top-reinit")),
 )
 # The catalogue's perp rows retrain a model after pruning, and no model is pruned here.
+# intrinsic-dimension measures a task (finegraft intrinsic-dimension) and takes a quarter of an hour a run here.
 
 
 def at_share(recipe: Recipe, model: nn.Module, calibration: list[Any], *, seed: int) -> tuple[Recipe, dict[str, Any]]:
@@ -120,8 +125,35 @@ def trained_in(graft: Graft) -> int:
     return sum({id(p): p.numel() for slot in slots for p in slot.parameters()}.values())
 
 
-class PeftLora:
-    """PEFT LoRA with as many numbers, behind the few names by which a trainer knows a graft.
+class PeftChange:
+    """A base under a change of PEFT's, behind the few names by which a trainer knows a graft.
+
+    Args:
+        model: what PEFT made of the base.
+        name: how the recipe calls it.
+        train: how it is trained.
+    """
+
+    def __init__(self, model: nn.Module, name: str, train: Train) -> None:
+        self.model = model
+        self.recipe = Recipe(name=name, train=train)
+
+    @property
+    def trained(self) -> int:
+        """Numbers that train, the new head left out."""
+        own = self.model.named_parameters()
+        return sum(p.numel() for name, p in own if p.requires_grad and "classifier" not in name)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (p for p in self.model.parameters() if p.requires_grad)
+
+    def parameter_groups(self) -> list[Mapping[str, Any]]:
+        train = self.recipe.train
+        return [{"params": list(self.parameters()), "lr": train.lr, "weight_decay": train.weight_decay}]
+
+
+class PeftLora(PeftChange):
+    """PEFT LoRA with as many numbers.
 
     Rank 3 on all linear layers, 2 where the FFN comes down, gives 115,200 numbers on MiniLM: 0.507% of it.
     """
@@ -137,17 +169,4 @@ class PeftLora:
             target_modules=layers,
             modules_to_save=["classifier"],
         )
-        self.model: Any = peft.get_peft_model(base, config)
-        self.recipe = Recipe(name="PEFT LoRA", train=train)
-
-    @property
-    def trained(self) -> int:
-        """Numbers that train, the new head left out."""
-        return sum(p.numel() for name, p in self.model.named_parameters() if p.requires_grad and "lora_" in name)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return (p for p in self.model.parameters() if p.requires_grad)
-
-    def parameter_groups(self) -> list[Mapping[str, Any]]:
-        train = self.recipe.train
-        return [{"params": list(self.parameters()), "lr": train.lr, "weight_decay": train.weight_decay}]
+        super().__init__(peft.get_peft_model(base, config), "PEFT LoRA", train)

@@ -1,9 +1,7 @@
-"""One run of the comparison of selective methods: train MiniLM on one task, score it, and see what it forgot."""
+"""One run of a comparison of methods: train MiniLM on one task, score it, and see what it forgot."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,7 +25,8 @@ from finegraft.train.evaluation import batches_of, evaluate_rows, inferring
 from finegraft.train.optimizers import training_arguments
 from finegraft.train.progress import ProgressReport
 from finegraft.train.trainer import GraftTrainer
-from quality_contenders import SHARE, Entrant, PeftLora, at_share, trained_in
+from lines import digest
+from quality_contenders import SHARE, Entrant, at_share, trained_in
 
 DATA = Path(__file__).parents[1] / "data"
 FILES = {"sst2": ("sst2/train.csv", "sst2/dev.csv"), "trec": ("trec/train.csv", "trec/test.csv")}
@@ -73,8 +72,7 @@ class Job:
     @property
     def key(self) -> str:
         """What the run is known by: it changes with anything that decides its result."""
-        facts = [self.entrant.data(), self.task, self.seed, asdict(self.settings)]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return digest([self.entrant.data(), self.task, self.seed, asdict(self.settings)])
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -85,8 +83,8 @@ def run(job: Job) -> dict[str, Any]:
     calibration = list(_calibration(prepared, job))
     model: nn.Module = base.model
     changes: dict[str, Any] = {}
-    if job.entrant.method is None:
-        change: Any = PeftLora(model, job.entrant.recipe.train)
+    change: Any = job.entrant.wrapped(model)
+    if change is not None:
         model, trained = change.model, change.trained
     else:
         recipe, changes = at_share(job.entrant.recipe, model, calibration, seed=job.seed)

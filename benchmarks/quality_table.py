@@ -35,19 +35,20 @@ def page(runs: Runs, untouched: dict[str, float], settings: Settings, seeds: int
         _table(finished),
         "## Claims\n\n" + "\n".join(f"- {claim}" for claim in _claims(finished)),
     ]
-    missing = [_missing(entrant, len(rows), 2 * seeds) for entrant, rows in runs.items() if len(rows) < 2 * seeds]
-    if missing:
-        parts.append(f"## Not finished\n\n{', '.join(missing)}")
+    parts += unfinished(runs, seeds)
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _missing(entrant: Entrant, found: int, wanted: int) -> str:
-    return f"{entrant.name} ({found} of {wanted} runs)"
+def unfinished(runs: Runs, seeds: int) -> list[str]:
+    """A paragraph that names the entrants whose runs are not all done."""
+    wanted = len(NAMES) * seeds
+    names = [f"{e.name} ({len(rows)} of {wanted} runs)" for e, rows in runs.items() if len(rows) < wanted]
+    return [f"## Not finished\n\n{', '.join(names)}"] if names else []
 
 
 def _introduction(settings: Settings, seeds: int, untouched: dict[str, float]) -> str:
     facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in asdict(settings).items())
-    probes = ", ".join(f"{_percent(value)} on {NAMES[task]}" for task, value in untouched.items())
+    probes = ", ".join(f"{percent(value)} on {NAMES[task]}" for task, value in untouched.items())
     return (
         f"MiniLM (22.7 million numbers); {facts}; mean and standard deviation of {seeds} seeds (head, draws, order) "
         "in percent. Each method runs at the rate that the catalogue has for it. Methods with a budget train about "
@@ -66,12 +67,12 @@ def _table(runs: Runs) -> str:
     for entrant, rows in runs.items():
         numbers = sorted({row["trained"] for row in rows})
         counts = f"{numbers[0]:,}" if len(numbers) == 1 else f"{numbers[0]:,} to {numbers[-1]:,}"
-        scores = [_spread([r["accuracy"] for r in rows if r["task"] == task]) for task in NAMES]
-        probes = [_spread([r["probe"] for r in rows if r["task"] == task]) for task in NAMES]
-        beside = _difference(runs, entrant, RANDOM, "accuracy")
+        scores = [spread([r["accuracy"] for r in rows if r["task"] == task]) for task in NAMES]
+        probes = [spread([r["probe"] for r in rows if r["task"] == task]) for task in NAMES]
+        beside = difference(runs, entrant, RANDOM, "accuracy")
         seconds = f"{mean(r['training_seconds'] for r in rows):.0f}"
         lines.append(
-            [entrant.name, entrant.role, counts, f"{rows[0]['lr']:g}", *scores, *probes, _signed(beside), seconds]
+            [entrant.name, entrant.role, counts, f"{rows[0]['lr']:g}", *scores, *probes, signed(beside), seconds]
         )
     legend = (
         "*Of apet*: mean difference in accuracy to random entries, run by run, with its standard error. *Training*: "
@@ -95,7 +96,7 @@ def _claims(runs: Runs) -> list[str]:
 
 def _tally(claim: str, runs: Runs, entrants: Sequence[Entrant], reference: Entrant, figure: str) -> str:
     """How many of the entrants are better, worse or no different, and whether the claim shows."""
-    found = {e: d for e in entrants if e is not reference and (d := _difference(runs, e, reference, figure))}
+    found = {e: d for e in entrants if e is not reference and (d := difference(runs, e, reference, figure))}
     if not found:
         return f"{claim}: not run yet."
     better = [e.name for e, (gain, error) in found.items() if gain > CERTAIN * error]
@@ -116,7 +117,7 @@ def _half(runs: Runs) -> str:
     return _tally("Training a part of the layers at a time forgets less than all", runs, entrants, FULL, "probe")
 
 
-def _difference(runs: Runs, entrant: Entrant, reference: Entrant, figure: str) -> tuple[float, float] | None:
+def difference(runs: Runs, entrant: Entrant, reference: Entrant, figure: str) -> tuple[float, float] | None:
     """Mean difference over runs of the same task and seed, and its standard error; None with fewer than two."""
     theirs = {(r["task"], r["seed"]): r[figure] for r in runs.get(reference, ())}
     pairs = [(r["task"], r["seed"], r[figure]) for r in runs.get(entrant, ())]
@@ -126,15 +127,18 @@ def _difference(runs: Runs, entrant: Entrant, reference: Entrant, figure: str) -
     return mean(gains), stdev(gains) / math.sqrt(len(gains))
 
 
-def _signed(difference: tuple[float, float] | None) -> str:
-    return "" if difference is None else f"{100 * difference[0]:+.1f} ± {100 * difference[1]:.1f}"
+def signed(gain: tuple[float, float] | None) -> str:
+    """A mean difference and its standard error in points."""
+    return "" if gain is None else f"{100 * gain[0]:+.1f} ± {100 * gain[1]:.1f}"
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation in percent."""
     if not values:
         return ""
-    return _percent(mean(values)) + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
+    return percent(mean(values)) + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share in percent."""
     return f"{100 * value:.1f}"

@@ -143,6 +143,15 @@ LLAMA_TINY_BF16 = Shape(
     batch=lambda: _tokens(vocab=256, rows=2, length=16),
     layers=LLAMA_LAYERS,
 )
+LLAMA_1B = Shape(
+    name="llama-1b",
+    words="Llama-3.2-1B's shape in bf16, 1,235,814,400 parameters, random weights",
+    build=lambda: _llama(
+        hidden=2048, depth=16, inner=8192, vocab=128_256, heads=32, read_heads=8, tied=True, dtype=torch.bfloat16
+    ),
+    batch=lambda: _tokens(vocab=128_256, rows=1, length=128),
+    layers=LLAMA_LAYERS,
+)
 LLAMA_3B = Shape(
     name="llama-3b",
     words="Llama-3.2-3B's shape in bf16, random weights (width 3072, 28 layers, 128,256 words, tied), 4 x 768 tokens",

@@ -15,12 +15,12 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture
 def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
+    import lines
     import quality_contenders
     import quality_run
     import quality_table
-    import selective_quality
 
-    return quality_contenders, quality_run, quality_table, selective_quality
+    return quality_contenders, quality_run, quality_table, lines
 
 
 def rows_of(run, entrant, gain):
@@ -79,13 +79,13 @@ def test_claims_are_computed_from_the_numbers(modules):
 
 
 def test_a_line_that_was_cut_off_is_done_again_and_harms_no_other(modules, tmp_path):
-    *_, script = modules
-    lines = tmp_path / "lines.jsonl"
-    script.append(lines, {"key": "a", "accuracy": 1})
-    with open(lines, "a") as file:
+    *_, lines = modules
+    path = tmp_path / "lines.jsonl"
+    lines.append(path, {"key": "a", "accuracy": 1})
+    with open(path, "a") as file:
         file.write('{"key": "b", "accu')
-    script.append(lines, {"key": "c", "accuracy": 0})
-    assert sorted(script.read_lines(lines)) == ["a", "c"]
+    lines.append(path, {"key": "c", "accuracy": 0})
+    assert sorted(lines.read_lines(path)) == ["a", "c"]
 
 
 @pytest.mark.slow
