@@ -119,7 +119,7 @@ BAD = {
         {"parts": [{"where": {}, "what": {"kind": "lowrank"}}]},
         "unknown kind 'lowrank'; did you mean 'low-rank'?",
     ),
-    "kind missing": ({"parts": [{"where": {}, "what": {"rank": 4}}]}, "what: needs a kind (bias, "),
+    "kind missing": ({"parts": [{"where": {}, "what": {"rank": 4}}]}, "what: needs a kind (ad"),
     "nothing to do": ({"parts": [{"where": {}, "what": []}]}, "parts.0.what: Value should have at least 1 item"),
     "unknown setting of a kind": (
         {"parts": [{"where": {}, "what": {"kind": "low-rank", "rnk": 4}}]},
@@ -193,7 +193,7 @@ BAD = {
     "wrong type": ({"train": {"lr": "fast"}}, "train.lr: Input should be a valid number"),
     "a kind that is no name": (
         {"parts": [{**SPARSE, "what": {"kind": []}}]},
-        "parts.0.what.0: what: needs a kind (bias, ",
+        "parts.0.what.0: what: needs a kind (ad",
     ),
     "a kind that is a mapping": ({"parts": [{**LOW_RANK, "what": {"kind": {}}}]}, "needs a kind"),
     "no kind": ({"parts": [{**LOW_RANK, "what": None}]}, "needs a kind"),

@@ -56,13 +56,13 @@ def test_the_same_entry_may_be_filed_again_another_may_not(things):
 )
 def test_unknown_name_suggests_the_nearest(wrong, right):
     with pytest.raises(
-        RecipeError, match=rf"unknown method '{wrong}'; did you mean '{right}'\? \(known: adapterbias, "
+        RecipeError, match=rf"unknown method '{wrong}'; did you mean '{right}'\? \(known: .*adapterbias, "
     ):
         methods[wrong]
 
 
 def test_a_name_like_no_other_lists_all():
-    with pytest.raises(RecipeError, match=r"unknown kind 'zzz'; known: bias, .*bottleneck, "):
+    with pytest.raises(RecipeError, match=r"unknown kind 'zzz'; known: .*bias, .*bottleneck, "):
         kinds["zzz"]
 
 

@@ -189,12 +189,12 @@ class ConvNet(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of one block, which has sublayers and an attention call."""
+    """A stack of blocks, one by default, which have sublayers and attention calls."""
 
-    def __init__(self, width: int, inner: int, heads: int) -> None:
+    def __init__(self, width: int, inner: int, heads: int, *, depth: int = 1) -> None:
         super().__init__()
         self.before, self.after = nn.Linear(width, width), nn.Linear(width, width)
-        self.layers = nn.ModuleList([Block(width, inner, heads)])
+        self.layers = nn.ModuleList(Block(width, inner, heads) for _ in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.before(x)

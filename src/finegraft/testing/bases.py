@@ -132,7 +132,10 @@ BASES: tuple[Base, ...] = (
     Base("tied-table", lambda: (models.TiedTable(12), {"ids": _ids()}), _site(name="embed")),
     Base("tied-pair", lambda: (models.TiedPair(10), _tokens(10)), _site(name="first")),
     Base("sublayer", lambda: (models.Transformer(8, 16, 4), _tokens(8)), _site(role="ffn")),
+    Base("block", lambda: (models.Transformer(8, 16, 4), _tokens(8)), _site(role="block")),
+    Base("network", lambda: (models.Transformer(8, 16, 4, depth=2), _tokens(8)), _site(role="network")),
     Base("attention", lambda: (models.Transformer(8, 16, 4), _tokens(8)), _site(role="attention")),
+    Base("input", lambda: (models.Transformer(8, 16, 4), _tokens(8)), _site(role="input")),
 )
 
 COUPLED: tuple[Base, ...] = (

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from finegraft.deltas.delta import Delta
 from finegraft.errors import SiteError
 from finegraft.locate.site import Site
-from finegraft.registry import inits
+from finegraft.registry import inits, kinds
 
 LARGEST_INT = 4
 """Ranks, widths and lengths stay below every dimension of the bases."""
@@ -25,11 +25,21 @@ SHARES = (1.0, 0.5, 2.0)
 """Of the default, for other numbers without an upper bound."""
 
 
+WRAPPED: dict[str, dict[str, Any]] = {
+    "bottleneck": {"width": 2},
+    "low-rank": {"rank": 1},
+    "scale-shift": {},
+    "prefix": {"length": 2},
+}
+"""Drawn for a field ``of`` that holds another kind: together they go on every type of site."""
+
+
 def settings(kind: type[Delta], site: Site | None = None) -> st.SearchStrategy[Delta]:
     """Settings of a kind, its defaults cut to small sizes among them.
 
-    Literals, booleans, bounded numbers, optionals, and names of registered inits in a field ``init: str`` are drawn; a
-    field of any other type keeps its default. Combinations that the kind itself rejects are left out.
+    Literals, booleans, bounded numbers, optionals, names of registered inits in a field ``init: str``, and kinds in a
+    field ``of`` are drawn; a field of any other type keeps its default. Combinations that the kind itself rejects are
+    left out.
 
     Args:
         kind: the class.
@@ -53,7 +63,8 @@ def fits(delta: Delta, site: Site) -> bool:
 
 def _made(kind: type[Delta], values: dict[str, Any]) -> Delta | None:
     try:
-        return kind(**values)
+        delta = kind(**values)
+        return delta if delta.needs is None else None  # the bases of kinds have no data to calibrate on
     except ValidationError:
         return None
 
@@ -61,6 +72,8 @@ def _made(kind: type[Delta], values: dict[str, Any]) -> Delta | None:
 def _field(name: str, field: FieldInfo) -> st.SearchStrategy[Any] | None:
     if name == "init" and field.annotation is str:
         return st.sampled_from(list(inits))
+    if name == "of":
+        return st.sampled_from([kinds[wrapped](**given) for wrapped, given in WRAPPED.items()])
     if field.annotation is float and field.default and not any(isinstance(b, (Lt, Le)) for b in field.metadata):
         return st.sampled_from([share * field.default for share in SHARES])
     return _typed(field.annotation, field.metadata)

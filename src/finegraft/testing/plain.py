@@ -62,7 +62,9 @@ def _effective(found: Sites, grafts: Sequence[tuple[Graft, float]]) -> tuple[dic
 def _changed(slots: Sequence[Slot], scale: float, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     weight, bias = w, b
     for slot in slots:
-        weight, bias = slot.delta.weight(slot, weight), slot.delta.bias(slot, bias)
+        beneath = weight
+        weight = slot.delta.weight(slot, beneath)
+        bias = slot.delta.bias_over(slot, bias, lambda beneath=beneath: beneath)
     scale = scale if all(slot.delta.scalable for slot in slots) else 1.0
     if bias is not None:
         before = torch.zeros_like(bias) if b is None else b

@@ -27,13 +27,14 @@ from finegraft.testing.laws.agreement import DOUBLE, SINGLE
 from finegraft.testing.laws.law import law, law_where, slow_law
 from finegraft.testing.plain import plainly
 
-_COMPANIONS = ("low-rank", "bottleneck", "scale-shift", "prefix")
+_COMPANIONS = ("low-rank", "bottleneck", "scale-shift", "prefix", "prompt")
 """Kinds to be put beside the one under test, the first that is defined on its site."""
 
 _SMALL: dict[str, dict[str, Any]] = {
     "low-rank": {"rank": 1},
     "bottleneck": {"width": 2, "init": "bert"},
     "prefix": {"length": 2},
+    "prompt": {"length": 2},
 }
 
 
