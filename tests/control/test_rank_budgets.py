@@ -152,3 +152,51 @@ def test_a_state_that_a_truncated_graft_cannot_take_leaves_it_as_it_is():
     with pytest.raises(StoreError, match="the state has 4 ranks; of 's' only 2 are left"):
         graft.load_state(state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in graft.state().items())
+
+
+def test_an_optimizer_trains_on_at_the_truncated_rank():
+    model = net()
+    graft = put(model, {"kind": "low-rank", "rank": 4})
+    optimizer = torch.optim.AdamW(graft.parameters())
+    for cut in (4, 2):
+        truncate(graft, cut, optimizer=optimizer)
+        model(torch.randn(3, 6)).square().sum().backward()
+        optimizer.step()
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in graft.parameters())
+
+
+@pytest.mark.parametrize("call", [lambda x: truncate(x, 2), lambda x: fg.weigh(x, None).__enter__()])
+def test_what_is_no_graft_is_told(call):
+    with pytest.raises(RecipeError, match="takes a graft, as fg.graft and fg.load give it, not a Sequential"):
+        call(nn.Sequential())
+
+
+@pytest.mark.parametrize(
+    ("control", "what", "words"),
+    [
+        ({"kind": "freeze-by-score"}, {"kind": "low-rank", "rank": 2}, "nothing trains but tensors named a or b"),
+        ({"kind": "rank-growth", "times": 2}, {"kind": "low-rank", "rank": 2}, "is quantised and has none"),
+        ({"kind": "row-rates"}, {"kind": "bias"}, "there is no matrix that trains"),
+    ],
+)
+def test_controllers_that_cannot_act_say_so_before_the_first_step(control, what, words):
+    graft = put(fg.quantise(net()), what, control=[control])
+    running = fg.Control(graft, torch.optim.AdamW(graft.parameters()), total_steps=10)
+    with pytest.raises(RecipeError, match=words):
+        running.before_step()
+
+
+def test_a_graft_merged_while_truncated_has_all_ranks_merged_afterwards():
+    model, x = net(), torch.ones(2, 6)
+    graft = put(model, {"kind": "low-rank", "rank": 4})
+    shake(graft)
+    expected = model(x)
+    with truncated(graft, 2):
+        graft.merge()
+    torch.testing.assert_close(model(x), expected)
+    graft.unmerge()
+    assert torch.equal(model(x), expected)
+    with truncated(graft, 2):
+        cut = model(x)
+        fg.merge(model)
+    torch.testing.assert_close(model(x), cut)

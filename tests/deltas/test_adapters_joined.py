@@ -8,6 +8,7 @@ import torch
 from finegraft.errors import NotMergeable, RecipeError
 from finegraft.grafting.fusing import fuse, merge_adapters
 from finegraft.grafting.load import load
+from finegraft.grafting.merging import grafts
 from finegraft.testing.base_models import Transformer
 from tests.deltas.adapters import bottleneck, put, stir, transformer
 
@@ -101,3 +102,20 @@ class TestJoining:
                 join(model, [one, other])
         with pytest.raises(RecipeError, match="same sites"):
             fuse(model, [one, put(model, bottleneck(width=6), where="attn")])
+
+    def test_grafts_that_are_not_on_the_model_or_given_twice_are_refused(self, small):
+        model, _ = small
+        one = self.grafts(model, 1)[0]
+        stranger = self.grafts(transformer()[0], 1)[0]
+        for join in (fuse, merge_adapters):
+            for given in (one, None, [], ["a"]):
+                with pytest.raises(RecipeError, match="list of grafts|no graft on this model"):
+                    join(model, given)
+            with pytest.raises(RecipeError, match="no graft on this model"):
+                join(model, [one, stranger])
+            with pytest.raises(RecipeError, match="twice"):
+                join(model, [one, one])
+        with pytest.raises(RecipeError, match="align is one of"):
+            merge_adapters(model, [one], align="means")
+        assert one.enabled
+        assert grafts(model) == [one]

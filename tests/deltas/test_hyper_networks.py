@@ -201,6 +201,9 @@ class TestMaterialise:
         _, graft = grafted({"kind": "bottleneck"})
         with pytest.raises(RecipeError, match="has no hyper-network"):
             fg.materialise(graft)
+        for function in (fg.materialise, fg.nearest_tasks):
+            with pytest.raises(RecipeError, match="takes a graft"):
+                function("lora")
 
 
 class TestStarts:

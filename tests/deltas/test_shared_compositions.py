@@ -148,6 +148,18 @@ class TestSampleWeights:
         close(model(X)[::2], expected[::2], 1e-5)
         assert not torch.allclose(model(X)[1], expected[1])
 
+    def test_no_one_weight_stands_for_samples_that_differ(self):
+        model, graft = self.mixed(("depth", "edges"))
+        graft.task = ["edges", "depth", "edges", "depth"]
+        expected = model(X)
+        with pytest.raises(RecipeError, match="set one task for all"):
+            graft.merge()
+        assert torch.equal(model(X), expected)
+        model = stack()
+        graft = on_layers(model, {"kind": "low-rank-mixture"}, {"kind": "magnitude"})
+        with pytest.raises(RecipeError, match="no one weight expresses"), fg.weigh(graft, torch.ones(4, 2)):
+            model(X)
+
     def test_gradients_reach_the_weights(self):
         model, graft = self.mixed()
         weights = torch.rand(4, 2, requires_grad=True)
@@ -158,7 +170,7 @@ class TestSampleWeights:
 
     def test_weights_that_do_not_fit_are_refused(self):
         model, graft = self.mixed()
-        for weights in (torch.ones(4, 3), torch.ones(4), torch.ones(4, 2).long()):
+        for weights in (torch.ones(4, 3), torch.ones(4), torch.ones(4, 2).long(), torch.ones(0, 2), [[1.0, 0.0]], None):
             with pytest.raises(RecipeError, match=r"\(samples, 2\)"), fg.weigh(graft, weights):
                 pass
         with pytest.raises(RecipeError, match="3 samples"), fg.weigh(graft, torch.ones(3, 2)):

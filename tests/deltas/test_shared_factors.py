@@ -146,7 +146,8 @@ class TestVectorBank:
     def test_what_does_not_fit_a_bank_is_refused(self):
         delta = kinds["vector-bank"](vectors=4, top=2)
         bank, index, odds = torch.zeros(4, 8), torch.tensor([[[0, 3]]]), torch.zeros(1, 1, 1)
-        for top, gap in ((index + 1, odds), (index - 1, odds), (index[..., :1], odds), (index, odds[..., :0])):
+        cut, whole = (index[..., :1], odds), (index, odds.long())
+        for top, gap in ((index + 1, odds), (index - 1, odds), cut, (index, odds[..., :0]), whole):
             with pytest.raises(StoreError, match="which 2 of 4 vectors"):
                 delta.loaded({"bank": bank, "top_a": top, "odds_a": gap})
 
@@ -241,7 +242,7 @@ class TestSubspace:
         close(again(X), model(X), 1e-6)
 
     def test_directions_that_are_missing_are_random(self, tmp_path):
-        graft = grafted(stack(), "subspace", components=6, grafts=(self.source(tmp_path, 1),))
+        graft = grafted(stack(), "subspace", components=6, grafts=Path(self.source(tmp_path, 1)))
         for slot in graft.all_slots:
             close(slot.basis_b.t() @ slot.basis_b, torch.eye(6), 1e-5)
 

@@ -57,3 +57,14 @@ def test_what_does_not_fit_says_so_and_changes_nothing(former, model, error, wor
     with pytest.raises(error, match=words):
         fg.graft(base, "lora", rank=2, previous=former())
     assert type(base[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(("end", "words"), [("merge", "is merged"), ("detach", "was detached")])
+def test_a_graft_takes_over_tensors_only_where_they_act(tmp_path, end, words):
+    path = trained(network(), rank=2).save(tmp_path / "former")
+    graft = trained(network(), rank=2)
+    getattr(graft, end)()
+    before = {name: p.clone() for name, p in graft.named_parameters()}
+    with pytest.raises(RecipeError, match=words):
+        fg.start_from(graft, path)
+    assert all(torch.equal(before[name], p) for name, p in graft.named_parameters())

@@ -158,6 +158,10 @@ def test_a_cache_that_began_otherwise_is_an_error():
     made.scale = 0.5
     with pytest.raises(SiteError, match="runs the stack twice"):
         model(input_ids=batch["input_ids"], past_key_values=cache)
+    made.scale = 1
+    cache = model(**batch, use_cache=True).past_key_values
+    with made.disabled(), pytest.raises(SiteError, match="begun with 3 positions of prompts, and there are 0 now"):
+        model(input_ids=batch["input_ids"][:, :1], past_key_values=cache)
 
 
 def test_what_a_prompt_cannot_do_is_an_error():
@@ -171,6 +175,8 @@ def test_what_a_prompt_cannot_do_is_an_error():
     model, batch, made = prompted("llama")
     with pytest.raises(SiteError, match="dynamic cache"):
         model(input_ids=batch["input_ids"], attention_mask=torch.ones(2, 1, zoo.TOKENS, zoo.TOKENS))
+    with pytest.raises(SiteError, match="static cache has 8: generate with a dynamic cache"):
+        model.generate(batch["input_ids"], max_new_tokens=2, cache_implementation="static")
     model, batch, made = prompted("t5-gated")
     made.scale = 0.5
     with pytest.raises(SiteError, match="scales 1 and 0"):

@@ -68,6 +68,9 @@ def test_parts_are_told_apart_from_those_that_are_not_there():
     made = graft(model, "lora", heads="none")
     with pytest.raises(RecipeError, match="has no part 3"):
         made.parts = (3,)
+    for strange in (0, None, [True], ["ffn"]):
+        with pytest.raises(RecipeError, match="list of their numbers|has no part"):
+            made.parts = strange
     made.parts = ()
     with pytest.raises(RecipeError, match="out of force"):
         made.merge()
@@ -96,6 +99,15 @@ def test_a_graft_starts_from_the_file_of_another_without_its_head(tmp_path):
         start_from(short, path)
     with pytest.raises(StoreError, match="holds no tensors"):
         start_from(graft(zoo.build("bert")[0], "lora"), path)
+    merged = graft(zoo.build("bert")[0], "lora")
+    merged.merge()
+    with pytest.raises(RecipeError, match="is merged"):
+        start_from(merged, path)
+    fresh.detach()
+    with pytest.raises(RecipeError, match="was detached"):
+        start_from(fresh, path)
+    with pytest.raises(RecipeError, match="start_from takes a graft"):
+        start_from(path, fresh)
 
 
 def test_rows_stay_near_their_start_and_labels_where_they_were():

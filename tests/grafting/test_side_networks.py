@@ -266,6 +266,18 @@ def test_masks_of_torchs_own_layers():
     torch.testing.assert_close(c[1, :-2], d[1, :-2], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5-gated", "whisper"])
+def test_no_position_sees_a_later_one(name):
+    model, batch, _ = side(name)
+    ids = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
+    batch = {key: value for key, value in batch.items() if key != "attention_mask"}
+    other = batch[ids].clone()
+    other[:, -1] = (other[:, -1] + 1) % zoo.VOCABULARY
+    with torch.no_grad():
+        y, z = (zoo.output(model(**given)) for given in (batch, {**batch, ids: other}))
+    torch.testing.assert_close(y[:, :-1], z[:, :-1], atol=1e-5, rtol=1e-5)
+
+
 def test_a_skipped_block_is_an_error():
     model, batch, _ = side("bert")
     layers = model.bert.encoder.layer

@@ -122,8 +122,14 @@ def test_what_does_not_go_together_says_so(arguments, words):
         fg.proxy(base, small_model, **({"strength": strength[0]} if strength else {}))
 
 
-def test_a_merged_graft_says_so():
+def test_a_merged_or_disabled_graft_says_so():
     graft = tuned(small())
+    graft.enabled = False
+    with pytest.raises(RecipeError, match="no change to add"):
+        fg.proxy(zoo.build("llama")[0], graft)
+    graft.enabled = True
+    with pytest.raises(RecipeError, match=r"a torch\.nn\.Module, not a str"):
+        fg.proxy("llama", graft)
     graft.merge()
     with pytest.raises(RecipeError, match="merged"):
         fg.proxy(zoo.build("llama")[0], graft)

@@ -9,7 +9,7 @@ from finegraft.testing import capabilities, capabilities_table
 from finegraft.testing.capability_table import YES, holes
 from finegraft.testing.probes import PROBES
 
-REASONS = {"no weight can express", "new values replace the base's"}
+REASONS = {"no weight can express", "new values replace the base's", "the upper of two gives a weight of its own"}
 
 
 @pytest.mark.parametrize("method", list(methods))

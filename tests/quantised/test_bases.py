@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import nn
 
 import finegraft as fg
-from finegraft.errors import BaseMismatch, NotMergeable, RecipeError, SiteError
+from finegraft.errors import BaseMismatch, NotMergeable, RecipeError, SiteError, StoreError
 from finegraft.grafting.rounding import roundings
 from finegraft.locate.find import sites
 from finegraft.quantised.quantiser import Quantiser
@@ -168,6 +171,58 @@ class TestOwnFormats:
         finally:
             quantisers.remove("signs")
 
+    @pytest.mark.parametrize(
+        ("there", "back", "words"),
+        [
+            (lambda w: w, lambda codes: codes, "quantise gives a dict of tensors"),
+            (lambda w: {"w": w}, lambda codes: codes["w"].flatten(), "dequantise gives back a matrix"),
+            (lambda w: {"w": w * float("nan")}, lambda codes: codes["w"], "of finite numbers"),
+        ],
+    )
+    def test_functions_that_do_not_fit_are_told(self, there, back, words):
+        model = network()
+        with pytest.raises(SiteError, match=words):
+            fg.quantise(model, Given(there, back))
+        assert not is_quantised(model[0].weight)
+
+    def test_one_that_fails_on_the_way_leaves_the_base_as_it_is(self):
+        calls = iter(range(9))
+
+        def there(w):
+            if next(calls) == 3:
+                raise ArithmeticError
+            return {"w": w}
+
+        model = network()
+        with pytest.raises(ArithmeticError):
+            fg.quantise(model, Given(there, lambda codes: codes["w"]))
+        assert not is_quantised(model[0].weight)
+
+    def test_what_is_registered_is_a_class(self):
+        quantisers.register("a function")(len)
+        try:
+            with pytest.raises(RecipeError, match="no subclass of"):
+                quantised("a function")
+        finally:
+            quantisers.remove("a function")
+
+
+class Given(Quantiser):
+    """A format by two functions."""
+
+    kind = "given"
+    there: Any
+    back: Any
+
+    def __init__(self, there, back):
+        super().__init__(there=there, back=back)
+
+    def quantise(self, w):
+        return self.there(w)
+
+    def dequantise(self, codes, shape):
+        return self.back(codes)
+
 
 class TestBudget:
     def test_bits_stay_in_the_budget_and_gradients_weigh(self):
@@ -200,6 +255,15 @@ class TestBudget:
         (lambda: quantised("nf5"), RecipeError, "unknown quantiser 'nf5'; did you mean 'nf4'"),
         (lambda: quantised({"kind": "nf4", "width": 9}), RecipeError, "quantiser 'nf4' is not valid:\n  width"),
         (lambda: quantised(["nf4", "int8"]), RecipeError, "several formats need a budget"),
+        (lambda: quantised([]), RecipeError, "no format is given"),
+        (lambda: quantised(4), RecipeError, "a format is a name"),
+        (lambda: quantised(rank="4"), RecipeError, "rank is a whole number of at least 1, not '4'"),
+        (lambda: quantised(steps=0, rank=2), RecipeError, "steps is a whole number"),
+        (lambda: quantised(bits=float("nan")), RecipeError, "bits is a number above 0"),
+        (lambda: quantised(where="q"), RecipeError, "where is a query"),
+        (lambda: quantised(where={"rol": "q"}), RecipeError, "unknown key 'rol'"),
+        (lambda: quantised(calibration=3), RecipeError, "calibration is an iterable"),
+        (lambda: fg.quantise(network().to("meta")), SiteError, "on the meta device"),
         (lambda: fg.quantise(quantised()), SiteError, "quantised already"),
         (lambda: fg.quantise(trained(network()).model), RecipeError, "carries grafts"),
         (lambda: fg.dequantise(trained(quantised()).model), RecipeError, "carries grafts"),
@@ -208,6 +272,27 @@ class TestBudget:
 def test_flaws_are_told(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+def test_a_weight_that_no_format_holds_leaves_the_base_as_it_is():
+    model = network()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    with pytest.raises(SiteError, match="'2' has a weight that is not a finite number"):
+        fg.quantise(model)
+    assert not is_quantised(model[0].weight)
+
+
+def test_saving_a_quantised_base_says_what_to_do(tmp_path):
+    with pytest.raises(StoreError, match="make the base dense first"):
+        save_model(quantised(), str(tmp_path / "base.safetensors"))
+
+
+def test_a_merge_that_loses_nothing_does_not_warn():
+    graft = fg.graft(quantised(), "modulora", rank=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graft.merge()
 
 
 class TestTorchao:

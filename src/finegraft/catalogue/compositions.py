@@ -37,7 +37,7 @@ method(
     parts=[{"where": {**LINEAR, "layer": "first:100%"}, "what": {"kind": "tied"}}],
     train={"lr": 1e-4},
     note="Starts from the mean of tied blocks. Norms and embeddings stay as they are, and so does the base, so that "
-    "the saving is in the file, not in memory; without distillation and early exits.",
+    "the saving is in the file, not in memory; without distillation and early exits. Grafts beneath it do not act.",
 )
 method(
     "mtlora",
@@ -46,8 +46,9 @@ method(
     "https://arxiv.org/abs/2403.20320",
     parts=_linear({"kind": "low-rank"}, {"kind": "low-rank-mixture", "experts": 2, "scale": 4.0}),
     train={"lr": 1e-3},
-    note="Name your tasks (experts=['depth', 'edges']) and set graft.task, once or for each sample. Until then all "
-    "count alike. Task-specific changes are at every site; the paper has them in the last block of each stage.",
+    note="Name your tasks (experts=['depth', 'edges']) and set graft.task, once or for each sample; at first it is the "
+    "first. Without names all count alike. Task-specific changes are at every site; the paper has them in the last "
+    "block of each stage.",
 )
 method(
     "petalface",

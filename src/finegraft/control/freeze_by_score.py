@@ -61,8 +61,14 @@ class FreezeByScore(Controller):
         return 1 - (1 - passed) ** 3
 
     def start(self, run: Run) -> None:
-        if not list(self._tensors(run)):
+        freezing = {id(parameter) for _, _, _, parameter in self._tensors(run)}
+        if not freezing:
             raise RecipeError(f"control {self.kind!r}: nothing that trains is named {' or '.join(self.tensors)}")
+        if self.final and freezing >= {id(parameter) for parameter in run.graft.parameters()}:
+            raise RecipeError(
+                f"control {self.kind!r}: nothing trains but tensors named {' or '.join(self.tensors)}, and in the last "
+                f"{self.final:g} of all steps they are frozen: leave some out, or set final: 0"
+            )
         run.memory["frozen"] = []
 
     def before_update(self, run: Run) -> None:

@@ -20,6 +20,7 @@ from finegraft.grafting.moving import held
 from finegraft.grafting.ranks import set_ranks
 from finegraft.grafting.slot import Slot
 from finegraft.locate.site import Site
+from finegraft.quantised.stored import is_quantised
 from finegraft.registry import controllers
 from finegraft.select.statistics import measure
 
@@ -67,6 +68,8 @@ class RankGrowth(Recurring):
                 f"control {self.kind!r} adds ranks to kinds of which all rank-wise tensors train, and by score "
                 f"'increase', or with a reserve, to three-factor alone; recipe {run.graft.recipe.name!r} has none"
             )
+        if self.score == "sensitivity":
+            self._require_dense(run, slots)
         run.memory["active"] = {slot.key: slot.delta.rank for slot in slots}
         run.memory["target"] = round(self.growth * sum(run.memory["active"].values()))
         run.memory["growths"] = dict.fromkeys(run.memory["active"], 1)
@@ -74,6 +77,14 @@ class RankGrowth(Recurring):
             run.memory["before"] = self._sizes(run, slots)
         for slot in slots if self.reserve else ():
             self._add_reserve(run, slot)
+
+    def _require_dense(self, run: Run, slots: list[Slot]) -> None:
+        sites = [run.graft.placement_of(slot).site for slot in slots]
+        if quantised := [site.name for site in sites if is_quantised(site.parameter)]:
+            raise RecipeError(
+                f"control {self.kind!r} measures gradients of weights, and that of {quantised[0]!r} is quantised and "
+                "has none: compare sites by another score (score: increase), or make the base dense (fg.dequantise)"
+            )
 
     def after_backward(self, run: Run, batch: Any) -> None:
         if self.score != "sensitivity" or run.step % self.look or not self._left(run):

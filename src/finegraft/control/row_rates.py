@@ -37,7 +37,8 @@ class RowRates(Controller):
 
     def start(self, run: Run) -> None:
         if not self._matrices(run):
-            raise RecipeError(f"control {self.kind!r}: no matrix that trains beside heads is named {self.tensors!r}")
+            named = "" if self.tensors is None else f" named {self.tensors!r}"
+            raise RecipeError(f"control {self.kind!r}: there is no matrix{named} that trains beside heads")
 
     @torch.no_grad()
     def before_update(self, run: Run) -> None:

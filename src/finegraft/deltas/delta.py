@@ -105,6 +105,7 @@ class Delta(Spec):
         needs_selection: whether it trains chosen units, and so needs ``select:`` in the recipe.
         in_place: whether it can train inside the base's own tensors (see ``deltas/in_place.py``).
         scalable: whether ``graft.scale`` applies; new heads replace, so they cannot be scaled.
+        hides: whether what lies beneath does not act, since it gives a weight of its own.
         reads_weight: whether :meth:`forward` needs the effective weight of the layer beneath.
         on: site types on which it is defined.
         needs: the statistic of calibration batches that :meth:`initial` looks at, as ``site.statistic``: ``covariance``
@@ -118,6 +119,7 @@ class Delta(Spec):
     needs_selection: ClassVar[bool] = False
     in_place: ClassVar[bool] = False
     scalable: ClassVar[bool] = True
+    hides: ClassVar[bool] = False
     on: ClassVar[tuple[str, ...]] = ("linear", "conv", "embedding", "norm", "tensor")
     shared: ClassVar[tuple[str, ...]] = ()
 

@@ -88,6 +88,12 @@ class LowRankMixture(Delta):
         return bool((p.b @ p.a).any())
 
     def weight(self, p: Any, w: Tensor) -> Tensor:
+        if self._of_samples(p) is not None:
+            raise RecipeError(
+                f"the samples of the batch differ in what kind {self.kind!r} does at {p.site!r}, which no one weight "
+                "expresses, as merging and kinds above it that read the weight need: set one task for all, or leave "
+                "the weigh block"
+            )
         a, b = self._joined(p, self._of_batch(p))
         return w + (b @ a).to(w.dtype)
 

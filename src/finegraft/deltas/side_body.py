@@ -79,7 +79,7 @@ def block(p: Any, i: int, s: Float[Tensor, "batch n width"], states: States, act
     if states.extended is not None:
         key, value = states.extended(id(p.up), i, number, key, value)
     mask = _with_bias(states.mask, states.bias, dtype)
-    s = s + _joined(_attend(query, key, value, mask, causal=states.causal), p.output[i])
+    s = s + _joined(_attend(query, key, value, mask, causal=states.causal and states.mask is None), p.output[i])
     if norms == 3 and states.memory is not None:
         memory = F.linear(states.memory.to(dtype), p.memory_down.to(dtype))
         query = _heads(norm(p, norms * i + 1, s), p.cross_to_query[i])
@@ -115,9 +115,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, c
     groups, n, keys = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    causal = causal and mask is None and n > 1
-    if causal and n < keys:
-        mask, causal = torch.ones(n, keys, dtype=torch.bool, device=query.device).tril(keys - n), False
+    causal = causal and n > 1
+    if causal and (n < keys or mask is not None):
+        seen = torch.ones(n, keys, dtype=torch.bool, device=query.device).tril(keys - n)
+        mask, causal = seen if mask is None else mask.masked_fill(~seen, torch.finfo(mask.dtype).min), False
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -35,6 +36,15 @@ class Subspace(Factored):
     rank: PositiveInt = 8
     components: PositiveInt = 32
     grafts: tuple[str, ...] = ()
+
+    @field_validator("grafts", mode="before")
+    @classmethod
+    def _as_names(cls, grafts: Any) -> Any:
+        if isinstance(grafts, (str, PathLike)):
+            grafts = [grafts]
+        if not isinstance(grafts, (list, tuple)):
+            raise ValueError(f"give a list of folders of saved grafts, not {grafts!r}")
+        return [fspath(one) if isinstance(one, PathLike) else one for one in grafts]
 
     @field_validator("grafts")
     @classmethod

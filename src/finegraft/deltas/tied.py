@@ -22,6 +22,8 @@ from finegraft.registry import kinds
 class Tied(Delta):
     """``W_shared + B A`` in place of the weight: blocks ``blocks`` apart have ``W_shared`` in common, and train it.
 
+    Changes beneath it do not act; put others on top.
+
     It starts as the mean of their weights, and ``B A`` as the best approximation of what each differs by: a rank as
     large as that of the differences starts as the identity. Numbers: ``out in`` for each of the ``blocks``, and
     ``rank (in + out)`` at each site.
@@ -33,6 +35,7 @@ class Tied(Delta):
 
     kind = "tied"
     on = MATRICES
+    hides = True
 
     blocks: PositiveInt = 3
     rank: NonNegativeInt = 8

@@ -49,7 +49,7 @@ class TokenRouter(Delta):
     reads_weight: ClassVar[bool] = False
 
     choice: Literal["top-k", "threshold"] = "top-k"
-    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     temperature: PositiveFloat = 1.0
     front: NonNegativeInt = 0
 

@@ -116,12 +116,13 @@ class VectorBank(Factored):
 
     def _logits(self, index: Tensor, odds: Tensor) -> Tensor:
         fits = index.ndim > 1 and index.shape[-1] == self.top and odds.shape == (*index.shape[:-1], self.top - 1)
+        fits = fits and odds.is_floating_point()
         index = index if index.is_floating_point() or index.dtype == torch.bool else index.long()
         if not fits or index.dtype != torch.int64 or bool(((index < 0) | (index >= self.vectors)).any()):
             raise StoreError(
                 f"a file of kind {self.kind!r} should say which {self.top} of {self.vectors} vectors make each piece, "
                 f"and {self.top - 1} differences of logits; it holds {tuple(index.shape)} {index.dtype} numbers and "
-                f"{tuple(odds.shape)} differences"
+                f"{tuple(odds.shape)} {odds.dtype} differences"
             )
         kept = torch.cat([odds.new_zeros(*odds.shape[:-1], 1), odds], dim=-1)
         others = (kept[..., -1:] - _BELOW).expand(*kept.shape[:-1], self.vectors)

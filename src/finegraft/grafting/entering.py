@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.cache_utils import StaticLayer
 
 from finegraft.deltas.delta import Entering
 from finegraft.errors import SiteError
@@ -103,9 +104,10 @@ class Passage:
         """The output of the module that runs the stack, with the prompts of the chain's changes."""
         self.rest()
         groups = () if chain is None else tuple(group for group in chain.groups if group.scale != 0)
-        if not groups:
-            return call(*args, **kwargs)
         named = dict(zip(self.way.names, args, strict=False)) | kwargs
+        if not groups:
+            _require_begun_with(named.get("past_key_values"), 0)
+            return call(*args, **kwargs)
         if any(group.scale != 1 for group in groups):
             self._require_scalable()
             named = _uncached(named, self.way.names)
@@ -266,17 +268,14 @@ class _Text:
     def arguments(self, named: dict[str, Any], way: Way) -> dict[str, Any]:
         """The arguments of the module that runs the stack."""
         length = self.length
-        if self.seen and self.started != length:
-            raise SiteError(
-                f"the cache was begun with {self.started} positions of prompts, and there are {length} now: begin "
-                "a new one whenever grafts are switched"
-            )
+        _require_begun_with(named.get("past_key_values"), length)
         whole = self.x.shape[1] + self.seen + (0 if self.seen else length)
         if way.positions is not None and whole > way.positions:
             raise SiteError(
                 f"{whole - length} tokens and a prompt of {length} are more than the {way.positions} positions that "
                 "the model has: shorten one of them"
             )
+        _require_room(named.get("past_key_values"), whole)
         given = {name: value for name, value in named.items() if name != "input_ids"}
         given["inputs_embeds"] = self.places.put(self.x, torch.cat(self.prompts, dim=1)) if self._enters else self.x
         if self.mask is not None and length:
@@ -305,6 +304,24 @@ class _Text:
         start = given.gather(1, first.clamp(max=given.shape[1] - 1))
         moved = given + length * (torch.arange(given.shape[1], device=given.device) >= first)
         return self.places.put(moved, start + torch.arange(length, device=given.device))
+
+
+def _require_begun_with(cache: Any, length: int) -> None:
+    started = getattr(cache, _STARTED, 0)
+    if cache is not None and started != length and int(cache.get_seq_length()):
+        raise SiteError(
+            f"the cache was begun with {started} positions of prompts, and there are {length} now: begin a new one "
+            "whenever grafts are switched"
+        )
+
+
+def _require_room(cache: Any, whole: int) -> None:
+    layer = next(iter(getattr(cache, "layers", ())), None)
+    if type(layer) is StaticLayer and whole > layer.max_cache_len:
+        raise SiteError(
+            f"tokens and prompts take {whole} positions, and the static cache has {layer.max_cache_len}: generate with "
+            "a dynamic cache, the default, or make it larger"
+        )
 
 
 def _first_token(mask: Tensor) -> Int[Tensor, " batch"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from finegraft.deltas.bottleneck import Bottleneck
 from finegraft.errors import MissingExtra, RecipeError
 from finegraft.grafting.graft import Graft
 from finegraft.grafting.make import graft, resolve
+from finegraft.grafting.merging import grafts as grafts_on
 from finegraft.grafting.slot import Slot
 from finegraft.recipe import Recipe
 
@@ -33,9 +34,10 @@ def fuse(
         method: a recipe with one part of kind ``adapter-fusion``; its sites and sizes become those of the adapters.
 
     Raises:
-        RecipeError: grafts that differ in sites or settings, or are of other kinds; nothing is changed then.
+        RecipeError: grafts that differ in sites or settings, are of other kinds, or not on the model; nothing is
+            changed then.
     """
-    tables = _tables(grafts)
+    tables = _tables(model, grafts)
     (delta,) = _settings(grafts)
     if (delta.placement, delta) != ("serial", _plain(delta)):
         raise RecipeError("adapters are fused if they are serial and dense, without experts, gates or convolutions")
@@ -70,9 +72,12 @@ def merge_adapters(model: nn.Module, grafts: Sequence[Graft], *, align: Align = 
         seed: of what is not merged, such as new heads.
 
     Raises:
-        RecipeError: grafts that differ in sites or settings, or are of other kinds; nothing is changed then.
+        RecipeError: grafts that differ in sites or settings, are of other kinds, or not on the model; nothing is
+            changed then.
     """
-    tables = _tables(grafts)
+    if align not in get_args(Align):
+        raise RecipeError(f"align is one of {', '.join(get_args(Align))}, not {align!r}")
+    tables = _tables(model, grafts)
     (delta,) = _settings(grafts)
     if align == "transport" and delta != _plain(delta):
         raise RecipeError("transport aligns dense adapters, without experts, gates or convolutions; use align='none'")
@@ -101,10 +106,16 @@ def _kinds(one: Graft) -> set[str]:
     return {placement.site.kind for placement in one.placements if placement.site.name in own}
 
 
-def _tables(grafts: Sequence[Graft]) -> list[dict[str, Slot]]:
+def _tables(model: nn.Module, grafts: Sequence[Graft]) -> list[dict[str, Slot]]:
     """The adapters of each graft by their sites."""
-    if not grafts:
-        raise RecipeError("no grafts were given")
+    if not isinstance(grafts, (list, tuple)) or not grafts:
+        raise RecipeError(f"adapters come as a list of grafts on the model, not {grafts!r}")
+    there = grafts_on(model)
+    for i, one in enumerate(grafts):
+        if one not in there:
+            raise RecipeError(f"{one!r} is no graft on this model; it has {there}")
+        if one in grafts[:i]:
+            raise RecipeError(f"{one!r} is given twice")
     tables = [{slot.site: slot for slot in _adapters(one)} for one in grafts]
     if not tables[0] or any(table.keys() != tables[0].keys() for table in tables):
         raise RecipeError(

@@ -17,6 +17,7 @@ from finegraft.deltas.delta import Delta
 from finegraft.errors import RecipeError, StoreError
 from finegraft.grafting.chain import Chain
 from finegraft.grafting.chosen_lines import chosen_lines
+from finegraft.grafting.chosen_parts import chosen_parts
 from finegraft.grafting.leading_ranks import IN_STATE, resize_to, sizes_in, sizes_of
 from finegraft.grafting.rounding import warn_of_rounding
 from finegraft.grafting.saving import contents_of, manifest_of
@@ -287,9 +288,8 @@ class Graft:
 
     @parts.setter
     def parts(self, parts: Iterable[int]) -> None:
-        wanted, known = frozenset(parts), {slot.place[0] for slot in self.all_slots}
-        if strange := sorted(wanted - known):
-            raise RecipeError(f"{self!r} has no part {strange[0]}; its parts are {sorted(known)}")
+        known = {slot.place[0] for slot in self.all_slots}
+        wanted = chosen_parts(parts, known)
         if self.merged:
             raise RecipeError("the graft is merged: call unmerge() before switching its parts")
         self._become(_parts=None if wanted == known else wanted)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from finegraft.deltas.hyper import Hyper
 from finegraft.errors import RecipeError
+from finegraft.grafting.arguments import require_graft
 from finegraft.grafting.attach import place
 from finegraft.grafting.graft import Graft
 from finegraft.grafting.slot import Slot
@@ -30,9 +31,10 @@ def materialise(graft: Graft, task: Any = None) -> Graft:
         task: a name or number, as for ``graft.task``; by default the task it acts for now.
 
     Raises:
-        RecipeError: no hyper-network in the graft, a task that it does not know, one for each sample, or a graft that
-            is merged, disabled, or not on its model.
+        RecipeError: no graft, or one without a hyper-network, a task that it does not know, one for each sample, or a
+            graft that is merged, disabled, or not on its model.
     """
+    require_graft(graft, "materialise")
     stack = stack_of(graft.model)
     assert stack is not None
     stack.require_no_route()

@@ -27,12 +27,14 @@ def proxy(base: nn.Module, small: Graft | tuple[nn.Module, nn.Module], *, streng
         strength: 0 is the base alone.
 
     Raises:
-        RecipeError: a merged graft, a strength that is no finite number, or models whose logits are not for the same
-            number of tokens or classes.
+        RecipeError: a merged or disabled graft, a strength that is no finite number, or models whose logits are not for
+            the same number of tokens or classes.
 
     Example:
         ``fg.proxy(large, fg.load("runs/small/graft", small)).generate(**inputs, max_new_tokens=20)``
     """
+    if not isinstance(base, nn.Module):
+        raise RecipeError(f"proxy takes the large model, a torch.nn.Module, not a {type(base).__name__}")
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
         raise RecipeError(f"strength is a finite number, not {strength!r}")
     return Proxy(base, *_pair(small), strength=float(strength))
@@ -45,6 +47,8 @@ def _pair(small: Any) -> tuple[nn.Module, nn.Module, Graft | None]:
     if isinstance(small, Graft):
         if small.merged:
             raise RecipeError(f"{small!r} is merged, so the small model does not run without it: call unmerge() first")
+        if not small.enabled:
+            raise RecipeError(f"{small!r} is disabled, so there is no change to add: set enabled = True first")
         return small.model, small.model, small
     if isinstance(small, tuple) and len(small) == 2 and all(isinstance(model, nn.Module) for model in small):
         return small[0], small[1], None
@@ -76,7 +80,7 @@ class Proxy(nn.Module):
                 f"{sizes[1]} and {sizes[2]}: proxy tuning adds them one by one, so all need one vocabulary"
             )
 
-    def forward(self, labels: Tensor | None = None, **batch: Any) -> Any:
+    def forward(self, *, labels: Tensor | None = None, **batch: Any) -> Any:
         """The base's outputs with the summed logits, and with ``loss`` given labels; without gradient."""
         with torch.no_grad():
             result = self.base(**batch)

@@ -67,7 +67,7 @@ def quantise(
 
     Raises:
         RecipeError: the model carries grafts, an unknown format or setting, or a budget that is too small.
-        SiteError: nothing matches, or a weight that is quantised already or shared with another layer.
+        SiteError: nothing matches, or a weight is quantised, shared or not finite. The model is untouched then.
     """
     model = bare(model)
     if stack_of(model) is not None:
@@ -77,15 +77,13 @@ def quantise(
     if len(formats) > 1 and bits is None:
         raise RecipeError("several formats need a budget: give bits=, the average for each number")
     found = list(sites(model).where(**(WHERE if where is None else _query(where))))
-    for site in found:
-        _require_plain(site, rank)
-        for quantiser in formats:
-            quantiser.fits(site.name, site.shape)
+    _check(found, formats, rank)
     weights = {} if calibration is None else _importance(model, found, as_list(calibration))
     way = _Way(rank, steps, start == "factors", weights)
     chosen = [formats[0]] * len(found) if bits is None else _within(bits, found, formats, way)
-    for site, quantiser in zip(found, chosen, strict=True):
-        site.module._parameters[site.tensor] = nn.Parameter(way.made(site, quantiser)[0], requires_grad=False)
+    made = [way.made(site, quantiser)[0] for site, quantiser in zip(found, chosen, strict=True)]
+    for site, held in zip(found, made, strict=True):
+        site.module._parameters[site.tensor] = nn.Parameter(held, requires_grad=False)
     return model
 
 
@@ -115,6 +113,8 @@ class _Way:
 def dequantise(model: nn.Module) -> nn.Module:
     """Make quantised weights of ``nn.Linear`` dense, in place: the numbers they stand for stay as they are.
 
+    They stay frozen, as they were; ``requires_grad_`` lets a loop without grafts train them.
+
     Raises:
         RecipeError: the model carries grafts.
     """
@@ -138,6 +138,16 @@ def _check_numbers(start: Any, steps: Any, rank: Any, bits: Any) -> None:
         raise RecipeError(f"bits is a number above 0, the average for each number of a weight, not {bits!r}")
 
 
+def _check(found: Sequence[Site], formats: Sequence[Quantiser], rank: int | None) -> None:
+    for site in found:
+        _require_plain(site, rank)
+        for quantiser in formats:
+            quantiser.fits(site.name, site.shape)
+    for site in {site.shape: site for site in found}.values():
+        for quantiser in formats:
+            _try_out(quantiser, site)
+
+
 def _query(where: Any) -> dict[str, Any]:
     if not isinstance(where, Mapping):
         raise RecipeError(f"where is a query as in recipes, such as {{'role': ['q', 'v']}}, not {where!r}")
@@ -152,9 +162,9 @@ def _require_plain(site: Site, rank: int | None) -> None:
         raise SiteError(f"{site.name!r} is a {type(site.module).__name__}: quantise layers of nn.Linear")
     if is_quantised(site.parameter):
         raise SiteError(f"{site.name!r} is quantised already: make it dense first (fg.dequantise)")
-    if site.parameter.is_meta:
+    if site.weight.is_meta:
         raise SiteError(f"{site.name!r} has no numbers, it is on the meta device: load the base's weights first")
-    if not bool(site.parameter.isfinite().all()):
+    if not bool(site.weight.isfinite().all()):
         raise SiteError(f"{site.name!r} has a weight that is not a finite number everywhere, which no format holds")
     if site.aliases:
         raise SiteError(f"{site.name!r} shares its weight with {site.aliases[0][0]!r}: leave it out by where=")
@@ -162,16 +172,31 @@ def _require_plain(site: Site, rank: int | None) -> None:
         raise SiteError(f"{site.name!r} is {site.shape}: take out factors of a rank of at most {min(site.shape)}")
 
 
+def _try_out(quantiser: Quantiser, site: Site) -> None:
+    """Raise :class:`SiteError` where a format does not give a weight back."""
+    codes = quantiser.quantise(site.weight.detach().float())
+    if not isinstance(codes, dict) or not codes or not all(isinstance(code, Tensor) for code in codes.values()):
+        raise SiteError(f"{quantiser!r}: quantise gives a dict of tensors by name, at least one, not {codes!r:.200}")
+    back = quantiser.dequantise(codes, tuple(site.shape))
+    if not isinstance(back, Tensor) or back.shape != site.shape or not bool(back.isfinite().all()):
+        found = tuple(back.shape) if isinstance(back, Tensor) else type(back).__name__
+        raise SiteError(
+            f"{quantiser!r}: dequantise gives back a matrix of finite numbers, of shape {tuple(site.shape)} for "
+            f"{site.name!r}, not {found}"
+        )
+
+
 def _formats(to: Format | Sequence[Format], *, choose: bool) -> list[Quantiser]:
-    several = isinstance(to, Sequence) and not isinstance(to, str)
-    if several and not to:
+    if choose and to == "nf4":
+        to = FORMATS
+    if not isinstance(to, Sequence) or isinstance(to, str):
+        return [_format(to)]
+    if not to:
         raise RecipeError("no format is given: name one, or several with bits=")
-    if several:
-        return [_format(one) for one in to]  # type: ignore[union-attr]
-    return [_format(one) for one in (FORMATS if choose and to == "nf4" else [to])]  # type: ignore[list-item]
+    return [_format(one) for one in to]
 
 
-def _format(given: Format) -> Quantiser:
+def _format(given: Any) -> Quantiser:
     if isinstance(given, Quantiser):
         return given
     if not isinstance(given, (str, Mapping)):
@@ -180,8 +205,11 @@ def _format(given: Format) -> Quantiser:
         )
     data = {"kind": given} if isinstance(given, str) else dict(given)
     name = str(data.pop("kind", ""))
+    own: Any = quantisers[name]
+    if not (isinstance(own, type) and issubclass(own, Quantiser)):
+        raise RecipeError(f"quantiser {name!r} is no subclass of finegraft.quantised.quantiser.Quantiser")
     try:
-        made: Quantiser = quantisers[name].model_validate(data)
+        made: Quantiser = own.model_validate(data)
     except ValidationError as error:
         raise RecipeError(explain(error, f"quantiser {name!r}")) from None
     return made

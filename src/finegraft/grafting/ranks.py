@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from finegraft.deltas.delta import Delta
 from finegraft.errors import RecipeError
+from finegraft.grafting.arguments import require_graft
 from finegraft.grafting.graft import Graft
 from finegraft.grafting.leading_ranks import at_rank
 from finegraft.grafting.slot import Slot
@@ -72,7 +73,7 @@ def set_ranks(
     slot.resize(delta, moved)
 
 
-def truncate(graft: Graft, rank: int) -> Graft:
+def truncate(graft: Graft, rank: int, *, optimizer: Optimizer | None = None) -> Graft:
     """Cut every change of a graft that has ranks down to its first ones, for good; the graft is returned.
 
     The factor of a change follows from its settings at the new rank, as ``alpha / rank``. So a graft trained by
@@ -81,9 +82,10 @@ def truncate(graft: Graft, rank: int) -> Graft:
     Args:
         graft: an attached graft, not merged.
         rank: ranks to keep of each change; changes that have fewer keep all.
+        optimizer: the optimizer of the graft, to train on with; its state goes with the ranks.
 
     Raises:
-        RecipeError: no change has ranks, a rank below 1, or a merged graft; nothing is changed then.
+        RecipeError: no graft, no change has ranks, a rank below 1, or a merged graft; nothing is changed then.
 
     Example:
         >>> import finegraft as fg
@@ -93,11 +95,14 @@ def truncate(graft: Graft, rank: int) -> Graft:
         26
     """
     before = _as_they_are(_to_truncate(graft, rank))
+    known: Any = {} if optimizer is None else optimizer.state
+    states = {parameter: dict(known[parameter]) for parameter in graft.parameters() if parameter in known}
     try:
         for slot, _, _ in before:
-            set_ranks(graft, slot, torch.arange(rank), same_scale=False)
+            set_ranks(graft, slot, torch.arange(rank), same_scale=False, optimizer=optimizer)
     except BaseException:
         _put_back(before)
+        known.update(states)
         raise
     return graft
 
@@ -106,6 +111,9 @@ def truncate(graft: Graft, rank: int) -> Graft:
 def truncated(graft: Graft, rank: int) -> Iterator[Graft]:
     """Within this block a graft has only the first ranks of its changes, to be evaluated or saved: :func:`truncate`.
 
+    It is not for training: an optimizer's state stays that of all ranks. A graft that is merged within the block has
+    all ranks merged after it; :func:`finegraft.merge` is for good.
+
     Raises:
         RecipeError: as :func:`truncate`.
     """
@@ -113,7 +121,11 @@ def truncated(graft: Graft, rank: int) -> Iterator[Graft]:
     try:
         yield truncate(graft, rank)
     finally:
+        if merged := graft.merged:
+            graft.unmerge()
         _put_back(before)
+        if merged:
+            graft.merge()
 
 
 def follows_from_base(slot: Slot, site: Site) -> bool:
@@ -150,6 +162,7 @@ def _leading(kept: Tensor) -> bool:
 
 
 def _to_truncate(graft: Graft, rank: int) -> list[Slot]:
+    require_graft(graft, "truncate")
     if type(rank) is not int or rank < 1:
         raise RecipeError(f"a rank is a whole number of at least 1, not {rank!r}")
     ranked = [slot for slot in graft.all_slots if slot.delta.rank_axes]

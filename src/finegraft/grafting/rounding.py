@@ -54,7 +54,7 @@ def roundings(placements: Iterable[Placement]) -> list[Rounding]:
 
 def warn_of_rounding(placements: Iterable[Placement]) -> None:
     """Say how much of a merged change quantised weights could not hold, if there are any."""
-    found = roundings(placements)
+    found = [rounding for rounding in roundings(placements) if rounding.largest > 0]
     if not found:
         return
     worst = max(found, key=lambda rounding: rounding.share)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
-from finegraft.errors import StoreError
+from finegraft.errors import RecipeError, StoreError
+from finegraft.grafting.arguments import require_graft
 from finegraft.grafting.graft import Graft
 from finegraft.grafting.slot import Slot
+from finegraft.grafting.stack import stack_of
 from finegraft.store import check, read
 
 
@@ -29,7 +31,18 @@ def start_from(graft: Graft, path: str | Path) -> list[str]:
     Raises:
         StoreError: the file has nothing for this graft, or tensors of other shapes; nothing is changed then.
         BaseMismatch: it was trained on another base.
+        RecipeError: no graft, or one that is merged or detached.
+        RecipeError: the graft is detached or merged.
     """
+    require_graft(graft, "start_from")
+    if graft.merged:
+        raise RecipeError("the graft is merged: call unmerge() before it takes over tensors")
+    require_graft(graft, "start_from")
+    stack = stack_of(graft.model)
+    assert stack is not None  # an attached graft is on one
+    stack.require_no_route()
+    if graft.merged:
+        raise RecipeError(f"{graft!r} is merged, so its numbers are in the base: unmerge it first")
     tensors, manifest = read(path)
     check(manifest.fingerprint, graft.fingerprint)
     if any(entry.get("results") or entry.get("drawn") for entry in manifest.sites):

@@ -33,7 +33,7 @@ def set_task(slots: Sequence[Slot], task: Any) -> None:
     if not differing:
         raise RecipeError(
             f"no change of this graft differs by task, so it has none to set to {task!r}: hyper-networks do (kind "
-            "'hyper')"
+            "'hyper'), and kind 'low-rank-mixture' whose experts are names of tasks (experts=['depth', 'edges'])"
         )
     chosen = [parsed(task, slot.delta.known_tasks) for slot in differing]
     for slot, own in zip(differing, chosen, strict=True):
@@ -90,6 +90,9 @@ def nearest_tasks(graft: Graft) -> list[str]:
     Example:
         ``model(**batch); graft.task = fg.nearest_tasks(graft); model(**batch)``
     """
+    from finegraft.grafting.arguments import require_graft  # which itself imports this, by way of grafts
+
+    require_graft(graft, "nearest_tasks")
     slot = retrieving(graft)
     if slot is None:
         raise RecipeError(f"{graft!r} has no retriever, or no batch has gone through the model yet (retriever: true)")

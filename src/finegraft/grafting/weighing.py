@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from finegraft.errors import RecipeError
+from finegraft.grafting.arguments import require_graft
 from finegraft.grafting.graft import Graft
+from finegraft.grafting.slot import Slot
 from finegraft.grafting.stack import stack_of
 
 
@@ -24,12 +27,13 @@ def weigh(graft: Graft, weights: Float[Tensor, "samples experts"]) -> Iterator[N
         weights: one for each of a mixture's changes; any numbers, which may require gradients.
 
     Raises:
-        RecipeError: no mixture in the graft, another number of weights, a graft that is merged, or a route in the block
-            or around it; on use, a batch of another size.
+        RecipeError: no mixture in the graft, no tensor or another number of weights, a graft that is merged, or a
+            route in the block or around it; on use, a batch of another size, or a kind above that reads the weight.
 
     Example:
         ``with fg.weigh(graft, torch.stack([1 - quality, quality], dim=1)): model(**batch)``
     """
+    require_graft(graft, "weigh")
     stack = stack_of(graft.model)
     assert stack is not None  # an attached graft is on one
     stack.require_no_route()
@@ -39,11 +43,7 @@ def weigh(graft: Graft, weights: Float[Tensor, "samples experts"]) -> Iterator[N
     if graft.merged:
         raise RecipeError(f"{graft!r} is merged, with the same weights for every sample: call unmerge() first")
     for slot in slots:
-        if weights.ndim != 2 or weights.shape[1] != slot.delta.weighed or not weights.is_floating_point():
-            raise RecipeError(
-                f"weights are a floating-point tensor (samples, {slot.delta.weighed}) for {slot.site!r}, not "
-                f"{weights.dtype} {tuple(weights.shape)}"
-            )
+        _require_weights(weights, slot)
     before = [slot.sample_weights for slot in slots]
     for slot in slots:
         slot.sample_weights = weights
@@ -52,3 +52,17 @@ def weigh(graft: Graft, weights: Float[Tensor, "samples experts"]) -> Iterator[N
     finally:
         for slot, own in zip(slots, before, strict=True):
             slot.sample_weights = own
+
+
+def _require_weights(weights: Any, slot: Slot) -> None:
+    if not isinstance(weights, Tensor):
+        found = f"a {type(weights).__name__}"
+    elif weights.ndim != 2 or not len(weights) or weights.shape[1] != slot.delta.weighed:
+        found = f"{weights.dtype} {tuple(weights.shape)}"
+    elif not weights.is_floating_point():
+        found = str(weights.dtype)
+    else:
+        return
+    raise RecipeError(
+        f"weights are a floating-point tensor (samples, {slot.delta.weighed}) for {slot.site!r}, not {found}"
+    )

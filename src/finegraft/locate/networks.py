@@ -78,7 +78,7 @@ def network_sites(
         every = {width for block in blocks for width in widths.get(block, ())}
         complete = all(roles.get(block, set()) >= {"attn", "ffn"} for block in blocks)
         if complete and len(every) == 1 and not _runs_again(len(blocks), modules):
-            causal = {call.block: bool(getattr(call.module, "is_causal", True)) for call in calls if call.block}
+            causal = {call.block: bool(getattr(call.module, "is_causal", True)) for call in calls if _of_itself(call)}
             found.append((blocks, every.pop(), _network(blocks, modules, causal)))
     reading = any(network.memory for _, _, network in found)
     for blocks, width, network in found:
@@ -136,6 +136,10 @@ def _network(blocks: Mapping[str, list[Site]], modules: Mapping[str, nn.Module],
 
 def _inside(site: Site) -> str:
     return path_of(site).removeprefix(f"{site.block}.")
+
+
+def _of_itself(call: Site) -> bool:
+    return bool(call.block) and not CROSS_SEGMENT.search(_inside(call))
 
 
 def _coupled(site: Site) -> bool:

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import takewhile
+from itertools import chain, count, takewhile
 from typing import NamedTuple
 
 from torch import nn
@@ -133,7 +133,7 @@ class _Span(NamedTuple):
 
 
 def _free(name: str, taken: set[str]) -> str:
-    candidates = (name, f"{name}.sublayer", *(f"{name}.{number}" for number in range(2, len(taken) + 3)))
+    candidates = chain((name, f"{name}.sublayer"), (f"{name}.{number}" for number in count(2)))
     return next(candidate for candidate in candidates if candidate not in taken)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from finegraft.errors import StoreError
 from finegraft.quantised.quantiser import Codes, Quantiser
 
 LeftOut = tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]
@@ -77,6 +78,11 @@ class QuantisedTensor(torch.Tensor):
         kwargs = kwargs or {}
         if func is F.linear:
             return _linear(*args, **kwargs)
+        if func is torch.Tensor.storage:
+            raise StoreError(
+                "a quantised weight is not saved: make the base dense first (fg.dequantise), or save the dense base "
+                "and quantise it after loading"
+            )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 

@@ -146,7 +146,7 @@ COUPLED: tuple[Base, ...] = (
 """Layers whose heads or channels can be chosen, for kinds that train a selection."""
 
 TASKS: tuple[Base, ...] = (
-    Base("text-classifier", lambda: (models.Classifier(16, 24, 4, depth=1, classes=3), {"ids": _ids(), **_labels()})),
+    Base("text-classifier", lambda: (models.Classifier(16, 24, 4, depth=2, classes=3), {"ids": _ids(), **_labels()})),
     Base("image-classifier", lambda: (models.ConvNet(8, 3), {"pixels": torch.randn(SAMPLES, 3, 6, 6), **_labels()})),
 )
 """Whole models with a head and a loss, for methods."""

@@ -18,7 +18,7 @@ from finegraft.registry import inits, kinds
 LARGEST_INT = 4
 """Ranks, widths and lengths stay below every dimension of the bases."""
 
-LARGEST_FLOAT = 1.0
+LARGEST_FLOAT = 0.5
 """Of numbers without an upper bound whose default is zero."""
 
 SHARES = (1.0, 0.5, 2.0)

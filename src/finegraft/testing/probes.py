@@ -109,6 +109,8 @@ def save_mix(case: Case) -> None:
 
 def several(case: Case) -> None:
     """Two grafts of this method act at once, each at its own scale."""
+    if any(delta.hides for delta in case.kinds):
+        raise NothingToDoError("the upper of two gives a weight of its own: there is nothing left of the lower one")
     model, batch, pair = _several(case)
     alone = []
     for graft in pair:
@@ -163,8 +165,8 @@ PROBES: dict[str, Callable[[Case], None]] = {
 def _mixed(case: Case) -> tuple[nn.Module, dict[str, Any], list[Graft]]:
     """A model with the graft on top of one of another method, or beneath it where it needs the bare weight."""
     model, batch = case.base.build()
-    reads = any(delta.reads_weight for delta in case.kinds)
-    recipes = [case.recipe, COMPANION] if reads else [COMPANION, case.recipe]
+    lowest = any(delta.reads_weight or delta.hides for delta in case.kinds)
+    recipes = [case.recipe, COMPANION] if lowest else [COMPANION, case.recipe]
     both = [attach(model, batch, recipe) for recipe in recipes]
     for number, graft in enumerate(both):
         case.disturb(graft, seed=number)
